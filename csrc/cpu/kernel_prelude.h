@@ -1,0 +1,28 @@
+// Everything that kernels include from outside, included before the instruction set is raised by a pragma: inline
+// functions of these headers are then compiled for the baseline in every file, and the linker may keep any of them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <numeric>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/window_attention.h"

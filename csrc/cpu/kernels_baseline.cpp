@@ -1,0 +1,6 @@
+// All kernels for any processor: 16-byte vectors (SSE2 on x86-64, NEON on ARM).
+#include "cpu/kernel_prelude.h"
+
+#define VITFAST_ISA baseline
+#define VITFAST_VECTOR_BYTES 16
+#include "cpu/window_attention_kernel.h"

@@ -1,0 +1,48 @@
+// The Python module vitfast._C: what was built, and which instruction set runs. The only file that knows Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/instruction_set.h"
+#include "cpu/scratch.h"
+
+namespace py = pybind11;
+using namespace vitfast::cpu;
+
+namespace {
+
+std::vector<std::string> names(const std::vector<InstructionSet>& sets) {
+  std::vector<std::string> result;
+  for (const InstructionSet set : sets) result.emplace_back(name(set));
+  return result;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = VITFAST_COMPILER;
+  info["flags"] = VITFAST_FLAGS;
+  info["torch_target"] = VITFAST_TORCH_TARGET;
+  info["instruction_sets"] = names(compiled_instruction_sets());
+  info["cuda_architectures"] = std::vector<std::string>{};
+  return info;
+}
+
+void set_instruction_set(const std::optional<std::string>& text) {
+  text.has_value() ? force_instruction_set(instruction_set_from_name(*text)) : reset_instruction_set();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of vitfast. Importing it registers the operators torch.ops.vitfast.*";
+  m.def("build_info", &build_info, "How this extension was built: compiler, flags, torch_target, instruction_sets, cuda_architectures.");
+  m.def("instruction_set", [] { return name(instruction_set()); }, "The instruction set that CPU kernels run with.");
+  m.def("usable_instruction_sets", [] { return names(usable_instruction_sets()); }, "Those that this processor can run.");
+  m.def("set_instruction_set", &set_instruction_set, py::arg("name"),
+        "Forces an instruction set ('baseline', 'avx2', 'avx512') for all later calls; None chooses the best again.");
+  m.def("scratch_bytes", &ScratchMeter::peak, "The most scratch memory that kernels held at one time since the last reset.");
+  m.def("reset_scratch_bytes", &ScratchMeter::reset, "Starts the measurement of scratch_bytes anew.");
+}

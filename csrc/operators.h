@@ -1,0 +1,31 @@
+// The CPU implementations of the operators that library.cpp registers.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace vitfast {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                                std::vector<int64_t> window_size, std::vector<int64_t> shift,
+                                                double scale, bool return_lse);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
+    Tensor grad, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, Tensor lse,
+    std::vector<int64_t> window_size, std::vector<int64_t> shift, double scale);
+
+std::tuple<Tensor, Tensor> window_attention_qkvpacked_cpu(Tensor qkv, std::optional<Tensor> bias,
+                                                          std::vector<int64_t> window_size, std::vector<int64_t> shift,
+                                                          double scale, bool return_lse);
+
+std::tuple<Tensor, Tensor> window_attention_qkvpacked_backward_cpu(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
+                                                                   Tensor lse, std::vector<int64_t> window_size,
+                                                                   std::vector<int64_t> shift, double scale);
+
+}  // namespace vitfast

@@ -1,0 +1,81 @@
+"""Builds the extension module vitfast._C; everything else stands in pyproject.toml.
+
+Environment:
+    VITFAST_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`)
+    MAX_JOBS            compiler processes, passed on to ninja
+"""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pybind11
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+
+# The stable ABI of torch 2.10: what is built against any later torch also loads in 2.10 and every release after it.
+TORCH_TARGET_VERSION = 0x020A000000000000
+
+COMPILE = [
+    "-std=c++17",
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",  # the headers of the stable ABI have some
+    "-Werror=return-type",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",  # a * b + c on the vector type becomes one fused multiply-add
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary between files
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION:#x}",
+]
+LINK = ["-Wl,--as-needed", "-Wl,--no-undefined-version"]
+if os.environ.get("VITFAST_SANITIZE") == "1":
+    COMPILE += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1", "-fno-sanitize-recover=undefined"]
+    LINK += ["-fsanitize=address,undefined"]
+
+
+def quoted(text: str) -> str:
+    """A C string literal, for a macro on a compiler's command line."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def compiler_version() -> str:
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def define(name: str, text: str) -> str:
+    return f"-D{name}={quoted(text)}"
+
+
+COMPILE += [
+    define("VITFAST_COMPILER", compiler_version()),
+    define("VITFAST_FLAGS", " ".join(COMPILE)),
+    define("VITFAST_TORCH_TARGET", "2.10"),
+]
+
+setup(
+    packages=[
+        "vitfast",
+        *(f"vitfast.{path.name}" for path in sorted((ROOT / "vitfast").iterdir()) if (path / "__init__.py").exists()),
+        "vitfast.kernels",
+    ],
+    package_dir={"vitfast": "vitfast", "vitfast.kernels": "kernels"},
+    ext_modules=[
+        CppExtension(
+            "vitfast._C",
+            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
+            # pip's pybind11 before the copy in torch's headers, which refuses TORCH_TARGET_VERSION on torch 2.11
+            include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
+            depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,0 +1,18 @@
+"""vitfast: fused attention, spatial smoothing and Hessian-vector products for vision models in PyTorch."""
+
+from vitfast import functional, nn
+from vitfast._version import __version__
+from vitfast.models import create_model, list_models
+from vitfast.ops._extension import ExtensionError
+from vitfast.ops.backend import BackendError, backend
+
+__all__ = [
+    "BackendError",
+    "ExtensionError",
+    "__version__",
+    "backend",
+    "create_model",
+    "functional",
+    "list_models",
+    "nn",
+]

@@ -1,0 +1,217 @@
+"""The operators as functions: documented, with every argument checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import window_attention as _window_attention
+
+__all__ = ["window_attention", "window_attention_qkvpacked", "window_attention_weights"]
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Multi-head self-attention inside the windows of a feature map, fused.
+
+    In each window and for each head, :math:`O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias})\, V`.
+
+    Args:
+        query: (B, H, W, heads, D), any strides: a channels-first map (B, heads * D, H, W) is passed without a copy as
+            ``x.unflatten(1, (heads, D)).permute(0, 3, 4, 1, 2)``.
+        key: (B, H / r, W / r, heads, D), with an integer r that divides H, W, the window and the shift; mostly r = 1.
+        value: the shape of ``key``.
+        bias: added to the scores: (heads, N, M), or (1, N, M) for one shared by all heads, with N queries and M keys in
+            a full window, row by row. Its dtype is the query's, or float32 beside float16 and bfloat16.
+        window_size: tokens of a window, as one integer or (rows, columns). H and W need not be multiples of it: the
+            windows at the edges then hold fewer tokens.
+        shift: 0 <= shift < window_size, one integer or (rows, columns): Swin's cyclic shift with its region mask.
+            Nothing is rolled: that mask leaves precisely the windows of a grid moved by ``shift``.
+        scale: factor of the scores; D^-0.5 if None.
+
+    Returns:
+        (B, H, W, heads, D) in the dtype and the memory layout of ``query``.
+
+    float32 and float64 are computed as they are; float16 and bfloat16 accumulate in float32. Differentiable any number
+    of times with respect to all four tensors, in reverse and forward mode; gradients are deterministic.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ.
+        ValueError: ranks, shapes or devices do not fit, or the window or shift is out of range.
+
+    Source: Liu et al., "Swin Transformer", ICCV 2021; Park & Kim, "How Do Vision Transformers Work?", ICLR 2022.
+
+    >>> x = torch.randn(2, 14, 14, 3, 32)
+    >>> window_attention(x, x, x, window_size=7, shift=3).shape
+    torch.Size([2, 14, 14, 3, 32])
+    """
+    _check_tensors(query=query, key=key, value=value, bias=bias)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 5:
+            raise ValueError(f"{name} must have the shape (B, H, W, heads, D); got {tuple(tensor.shape)}")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have one shape; got {tuple(key.shape)} and {tuple(value.shape)}")
+    if (query.shape[0], *query.shape[3:]) != (key.shape[0], *key.shape[3:]):
+        raise ValueError(
+            "query and key must agree in B, heads and D of (B, H, W, heads, D); "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    window, offset = _check_window(window_size, shift)
+    ratio = _check_ratio(query, key, window, offset)
+    bias = _check_bias(bias, query, window, ratio)
+    return _window_attention.window_attention((query, key, value), bias, window, offset, _check_scale(scale, query))
+
+
+def window_attention_qkvpacked(
+    qkv: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """`window_attention` of a packed projection: reads and differentiates it in place, without splitting it.
+
+    Args:
+        qkv: (B, H, W, 3, heads, D), query, key and value in this order: the output of one linear layer,
+            ``linear(x).unflatten(-1, (3, heads, D))``. Its gradient is written packed too.
+        bias, window_size, shift, scale: as in `window_attention`.
+
+    Returns:
+        (B, H, W, heads, D).
+
+    Raises:
+        TypeError, ValueError: as `window_attention`.
+    """
+    _check_tensors(qkv=qkv, bias=bias)
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(
+            f"qkv must have the shape (B, H, W, 3, heads, D); got {tuple(qkv.shape)}. "
+            "The output of a linear layer becomes that with .unflatten(-1, (3, heads, D))"
+        )
+    window, offset = _check_window(window_size, shift)
+    bias = _check_bias(bias, qkv, window, (1, 1))
+    return _window_attention.window_attention((qkv,), bias, window, offset, _check_scale(scale, qkv))
+
+
+def window_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """The attention maps that `window_attention` never writes: (B, windows, heads, N, M), windows row by row.
+
+    Exact and differentiable, by plain PyTorch, with the arguments of `window_attention`. Places of an edge window that
+    lie outside the map are zero. Sums of the other rows are 1.
+    """
+    _check_tensors(query=query, key=key, bias=bias)
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.dim() != 5:
+            raise ValueError(f"{name} must have the shape (B, H, W, heads, D); got {tuple(tensor.shape)}")
+    window, offset = _check_window(window_size, shift)
+    ratio = _check_ratio(query, key, window, offset)
+    bias = _check_bias(bias, query, window, ratio)
+    return reference.window_attention_weights(
+        query, key, bias, window_size=window, shift=offset, scale=_check_scale(scale, query)
+    )
+
+
+def _check_tensors(bias: Tensor | None, **tensors: Tensor) -> None:
+    """Types, dtypes and devices; ``bias`` may be float32 beside lower precision."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(
+                f"{name} must be float32, float64, float16 or bfloat16; got {tensor.dtype}. Convert it with .float()"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"all tensors must be on one device; {first_name} is on {first.device} and {name} on {tensor.device}"
+            )
+        mixed = name == "bias" and tensor.dtype == torch.float32 and first.dtype in (torch.float16, torch.bfloat16)
+        if tensor.dtype != first.dtype and not mixed:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}. "
+                f"Convert it with .to({first.dtype})"
+            )
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, (tuple, list, torch.Size)):
+        pair = tuple(value)
+    else:
+        pair = (value, value)
+    if len(pair) != 2 or not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair):
+        raise TypeError(f"{name} must be an integer or a pair of integers (rows, columns); got {value!r}")
+    return pair
+
+
+def _check_window(window_size, shift) -> tuple[tuple[int, int], tuple[int, int]]:
+    window, offset = _pair("window_size", window_size), _pair("shift", shift)
+    if min(window) < 1:
+        raise ValueError(f"window_size must be at least 1; got {window_size}")
+    if any(not 0 <= s < w for s, w in zip(offset, window, strict=True)):
+        raise ValueError(
+            f"shift must be at least 0 and smaller than window_size = {window}; got {shift}. "
+            "A shift by s + window_size is the same as one by s"
+        )
+    return window, offset
+
+
+def _check_ratio(query: Tensor, key: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
+    """By how much the key map is smaller than the query map, in rows and columns."""
+    ratio = []
+    for axis, size, key_size, w, s in zip("HW", query.shape[1:3], key.shape[1:3], window, shift, strict=True):
+        r = size // key_size if key_size else 1
+        if size != r * key_size:
+            raise ValueError(
+                f"{axis} of query must be a multiple of {axis} of key; got {tuple(query.shape)} and {tuple(key.shape)}"
+            )
+        if w % max(r, 1) or s % max(r, 1):
+            raise ValueError(
+                f"keys {r} times smaller than queries along {axis} need a window and a shift that {r} divides; "
+                f"got window_size = {window} and shift = {shift}"
+            )
+        ratio.append(r)
+    return tuple(ratio)
+
+
+def _check_bias(bias: Tensor | None, query: Tensor, window: tuple[int, int], ratio: tuple[int, int]) -> Tensor | None:
+    """The bias in the dtype the scores are computed in."""
+    if bias is None:
+        return None
+    heads, n = query.shape[-2], window[0] * window[1]
+    expected = (heads, n, n // (max(ratio[0], 1) * max(ratio[1], 1)))
+    if bias.dim() != 3 or tuple(bias.shape[1:]) != expected[1:] or bias.shape[0] not in (1, heads):
+        raise ValueError(
+            f"bias must have the shape {expected}, or (1, {expected[1]}, {expected[2]}) to be shared by all heads, "
+            f"for {heads} heads and window_size = {window}; got {tuple(bias.shape)}"
+        )
+    return bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
+def _check_scale(scale: float | None, query: Tensor) -> float:
+    if query.shape[-1] == 0:
+        raise ValueError(f"the head dimension D must be at least 1; got {tuple(query.shape)}")
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a Python number or None; got {type(scale).__name__}")
+    return float(scale)

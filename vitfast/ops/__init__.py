@@ -1,0 +1,1 @@
+"""Operators: registration, differentiation rules and the choice of a backend. One file each."""

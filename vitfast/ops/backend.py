@@ -1,0 +1,113 @@
+"""Which implementation of an operator serves a call."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from vitfast.ops import _extension
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vitfast_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve the call."""
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation for every vitfast operator called inside the block.
+
+    Args:
+        name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++), ``"triton"`` (NVIDIA GPUs; or CPU tensors in
+            Triton's interpreter, ``TRITON_INTERPRET=1``) or ``"cuda"`` (CUDA C++).
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        BackendError: raised by the operator, when that backend cannot serve it.
+
+    >>> with vitfast.backend("reference"):
+    ...     y = model(x)
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:
+    """The backend for a call of ``operator``, which has the kernels ``served``, on tensors of ``device``."""
+    name = _forced.get()
+    if name is None:
+        return _default(operator, served, device)
+    if name == "reference":
+        return name
+    if name not in served:
+        raise BackendError(f"{operator} has no {name} kernel; it has: {', '.join((*served, 'reference'))}")
+    if name == "cpu" and device.type != "cpu":
+        raise BackendError(f"backend 'cpu' was forced, but the tensors of {operator} are on {device}; move them with .cpu()")
+    if name == "triton" and device.type != "cuda" and not triton_interpreted():
+        raise BackendError(
+            f"backend 'triton' was forced, but the tensors of {operator} are on {device}; move them to a CUDA device, "
+            "or set TRITON_INTERPRET=1 before Python starts to interpret the kernel on the CPU"
+        )
+    if name == "triton" and not triton_available():
+        raise BackendError(f"backend 'triton' was forced for {operator}, but triton is not installed: pip install triton")
+    if name == "cuda" and device.type != "cuda":
+        raise BackendError(f"backend 'cuda' was forced, but the tensors of {operator} are on {device}")
+    if name == "cpu":
+        _extension.require()
+    return name
+
+
+def _default(operator: str, served: tuple[str, ...], device: torch.device) -> str:
+    if device.type == "cpu" and "cpu" in served:
+        _extension.require()
+        return "cpu"
+    if device.type == "cuda" and "triton" in served:
+        if triton_available():
+            return "triton"
+        _warn_once(operator)
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter in this process."""
+    if not triton_available():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(operator: str) -> None:
+    if operator not in _warned:
+        _warned.add(operator)
+        warnings.warn(
+            f"{operator} runs as plain PyTorch on this CUDA device because triton is not installed (pip install triton)",
+            RuntimeWarning,
+            stacklevel=4,
+        )

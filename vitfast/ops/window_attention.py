@@ -1,0 +1,360 @@
+"""Window attention: the operator behind `vitfast.functional.window_attention`.
+
+Differentiation. Two `autograd.Function`s, forward and backward, each with `backward`, `jvp` and `vmap`; the tangents of
+both are formulas of `vitfast.reference`, linear in the tangents and differentiable any number of times:
+
+    WindowAttention.backward          -> WindowAttentionBackward
+    WindowAttention.jvp               -> window_attention_tangent
+    WindowAttentionBackward.backward  -> both tangents, by the symmetry of second derivatives
+    WindowAttentionBackward.jvp       -> window_attention_backward_tangent
+
+Under ``vmap(jvp(grad(f)))`` over K tangents both kernels see unbatched primals and run once, and inside the formulas
+vmap batches only what depends on a tangent: the probabilities are computed once for all K.
+
+Every function takes its tensors as ``qkv``: either ``(query, key, value)`` or one packed ``(qkv,)`` of shape
+(B, H, W, 3, heads, D), whose gradient the kernel writes packed as well.
+
+Dynamo refuses a Function that has a `jvp`, so while compiling the registered operators are called instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import _extension
+from vitfast.ops.backend import choose
+
+NAME = "window_attention"
+SERVED = ("cpu", "triton")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a call of the operator fixes besides its tensors."""
+
+    window_size: tuple[int, int]
+    shift: tuple[int, int]
+    scale: float
+    backend: str
+
+    @property
+    def options(self) -> dict:
+        """The keyword arguments of the functions in `vitfast.reference`."""
+        return {"window_size": self.window_size, "shift": self.shift, "scale": self.scale}
+
+
+def window_attention(
+    qkv: tuple[Tensor, ...],
+    bias: Tensor | None,
+    window_size: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Checked arguments in, (B, H, W, heads, D) out: on the fastest path that serves them."""
+    spec = Spec(window_size, shift, scale, choose(NAME, SERVED, qkv[0].device))
+    if spec.backend == "reference":
+        return reference.window_attention(*_unpack(qkv), bias, **spec.options)
+    tensors = (*qkv,) if bias is None else (*qkv, bias)
+    if torch.compiler.is_compiling():
+        if _forward_ad_active():  # the registered operators have no forward-mode rule
+            return reference.window_attention(*_unpack(qkv), bias, **spec.options)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return _operator(qkv)(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
+    if not _may_be_differentiated(tensors):
+        return _forward(spec, bias, qkv, return_lse=False)[0]
+    return WindowAttention.apply(spec, bias, *qkv)[0]
+
+
+def _may_be_differentiated(tensors: tuple[Tensor, ...]) -> bool:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        transformed or _forward_ad_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
+def _forward_ad_active() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def _unpack(qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv if len(qkv) == 3 else qkv[0].unbind(3)
+
+
+def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return (torch.stack((query, key, value), dim=3),) if packed else (query, key, value)
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def _operator(qkv: tuple[Tensor, ...]):
+    ops = torch.ops.vitfast
+    return (ops.window_attention if len(qkv) == 3 else ops.window_attention_qkvpacked).default
+
+
+def _backward_operator(qkv: tuple[Tensor, ...]):
+    ops = torch.ops.vitfast
+    return (ops.window_attention_backward if len(qkv) == 3 else ops.window_attention_qkvpacked_backward).default
+
+
+def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor, Tensor]:
+    """The output, and per query and head the logsumexp of its scores, (B, heads, H, W), empty if not asked for."""
+    if spec.backend == "triton":
+        from vitfast.kernels import window_attention as kernels
+
+        return kernels.forward(*_unpack(qkv), bias, spec.window_size, spec.shift, spec.scale, return_lse)
+    return _operator(qkv)(*qkv, bias, list(spec.window_size), list(spec.shift), spec.scale, return_lse)
+
+
+def _backward(
+    spec: Spec, bias: Tensor | None, lse: Tensor, grad: Tensor, qkv: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients of ``qkv``, followed by that of the bias if there is one."""
+    if spec.backend == "triton":
+        grads = _triton_backward(grad, *qkv, bias, lse, spec.window_size, spec.shift, spec.scale)
+    else:
+        grads = _backward_operator(qkv)(grad, *qkv, bias, lse, list(spec.window_size), list(spec.shift), spec.scale)
+    return grads[:-1] if bias is None else grads
+
+
+def _triton_backward(grad, *arguments):
+    """Allocates the gradients, packed if the inputs are, and has Triton write them: (grads of qkv..., grad of bias)."""
+    from vitfast.kernels import window_attention as kernels
+
+    *qkv, bias, lse, window_size, shift, scale = arguments
+    grads = tuple(torch.empty_like(t) for t in qkv)
+    bias_grad = kernels.backward(grad, *_unpack(qkv), bias, lse, *_unpack(grads), window_size, shift, scale)
+    return (*grads, bias_grad)
+
+
+# ---- differentiation -----------------------------------------------------------------------------------------------
+
+
+class WindowAttention(torch.autograd.Function):
+    """(spec, bias, *qkv) -> (output, logsumexp); the logsumexp is a constant to autograd."""
+
+    @staticmethod
+    def forward(spec, bias, *qkv):
+        return tuple(_forward(spec, bias, qkv, return_lse=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        spec, bias, *qkv = inputs
+        _, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.spec = spec
+        ctx.save_for_backward(bias, lse, *qkv)
+        ctx.save_for_forward(bias, lse, *qkv)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        bias, lse, *qkv = ctx.saved_tensors
+        grads = WindowAttentionBackward.apply(ctx.spec, bias, lse, grad, *qkv)
+        return None, (None if bias is None else grads[-1]), *grads[: len(qkv)]
+
+    @staticmethod
+    def jvp(ctx, _, bias_t, *qkv_t):
+        bias, lse, *qkv = ctx.saved_tensors
+        return _tangent(ctx.spec, bias, qkv, bias_t, qkv_t), None
+
+    @staticmethod
+    def vmap(info, in_dims, spec, bias, *qkv):
+        _, bias_dim, *qkv_dims = in_dims
+        size, heads = info.batch_size, _heads(qkv[0], qkv_dims[0])
+        folded = [_fold_heads(t, dim, size) for t, dim in zip(qkv, qkv_dims, strict=True)]
+        out, lse = WindowAttention.apply(spec, _fold_bias(bias, bias_dim, size, heads), *folded)
+        return (out.unflatten(3, (size, heads)), lse.unflatten(1, (size, heads))), (3, 1)
+
+
+class WindowAttentionBackward(torch.autograd.Function):
+    """(spec, bias, lse, grad, *qkv) -> gradients of qkv, then of the bias if there is one.
+
+    A function of (bias, grad, qkv): the logsumexp is only a cache of something they determine.
+    """
+
+    @staticmethod
+    def forward(spec, bias, lse, grad, *qkv):
+        return tuple(_backward(spec, bias, lse, grad, qkv))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        spec, bias, lse, grad, *qkv = inputs
+        ctx.spec = spec
+        ctx.save_for_backward(bias, grad, *qkv)
+        ctx.save_for_forward(bias, grad, *qkv)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        bias, grad, *qkv = ctx.saved_tensors
+        qkv_c, bias_c = cotangents[: len(qkv)], (None if bias is None else cotangents[-1])
+        grad_grad = _tangent(ctx.spec, bias, qkv, bias_c, qkv_c)
+        *qkv_grad, bias_grad = _backward_tangent(ctx.spec, bias, grad, qkv, bias_c, None, qkv_c)
+        return None, bias_grad, None, grad_grad, *qkv_grad
+
+    @staticmethod
+    def jvp(ctx, _, bias_t, lse_t, grad_t, *qkv_t):
+        bias, grad, *qkv = ctx.saved_tensors
+        *qkv_grad_t, bias_grad_t = _backward_tangent(ctx.spec, bias, grad, qkv, bias_t, grad_t, qkv_t)
+        return tuple(qkv_grad_t) if bias is None else (*qkv_grad_t, bias_grad_t)
+
+    @staticmethod
+    def vmap(info, in_dims, spec, bias, lse, grad, *qkv):
+        _, bias_dim, lse_dim, grad_dim, *qkv_dims = in_dims
+        size, heads = info.batch_size, _heads(qkv[0], qkv_dims[0])
+        folded = [_fold_heads(t, dim, size) for t, dim in zip(qkv, qkv_dims, strict=True)]
+        grads = WindowAttentionBackward.apply(
+            spec,
+            _fold_bias(bias, bias_dim, size, heads),
+            _fold(lse, lse_dim, size, 1),
+            _fold_heads(grad, grad_dim, size),
+            *folded,
+        )
+        outputs = [g.unflatten(-2, (size, heads)) for g in grads[: len(qkv)]]
+        dims = [g.dim() - 3 for g in outputs]
+        if bias is not None:
+            bias_grad = grads[-1].unflatten(0, (size, heads))
+            shared = bias.shape[0 if bias_dim != 0 else 1] == 1
+            outputs.append(bias_grad.sum(1, keepdim=True) if shared else bias_grad)
+            dims.append(0)
+        return tuple(outputs), tuple(dims)
+
+
+def _tangent(spec, bias, qkv, bias_t, qkv_t) -> Tensor:
+    """The tangent of the output; a packed tangent is taken apart like its primal."""
+    tangents = (*_unpack_tangents(qkv_t), bias_t)
+    return reference.window_attention_tangent(*_unpack(qkv), bias, tangents, **spec.options)
+
+
+def _backward_tangent(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tensor | None, ...]:
+    """The tangents of the gradients of qkv (packed if qkv is), then of the bias's gradient."""
+    tangents = (*_unpack_tangents(qkv_t), bias_t)
+    *qkv_grad_t, bias_grad_t = reference.window_attention_backward_tangent(
+        grad, *_unpack(qkv), bias, grad_t, tangents, **spec.options
+    )
+    return (*_repack(len(qkv) == 1, *qkv_grad_t), bias_grad_t)
+
+
+def _unpack_tangents(qkv_t):
+    if len(qkv_t) == 1:
+        return (None, None, None) if qkv_t[0] is None else qkv_t[0].unbind(3)
+    return qkv_t
+
+
+# vmap folds the mapped dimension into the heads: each head has scores of its own and, in the gradient, a bias of its own.
+
+
+def _heads(x: Tensor, dim: int | None) -> int:
+    """The number of heads of x = (..., heads, D) with a mapped dimension somewhere."""
+    return x.shape[-2] if dim is None else x.movedim(dim, 0).shape[-2]
+
+
+def _fold(x: Tensor, dim: int | None, size: int, at: int) -> Tensor:
+    """Moves the mapped dimension of x (or one made by expanding) in front of dimension ``at`` and merges the two."""
+    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+    return x.flatten(at, at + 1)
+
+
+def _fold_heads(x: Tensor, dim: int | None, size: int) -> Tensor:
+    rank = x.dim() - (dim is not None)
+    return _fold(x, dim, size, rank - 2)
+
+
+def _fold_bias(bias: Tensor | None, dim: int | None, size: int, heads: int) -> Tensor | None:
+    if bias is None:
+        return None
+    bias = bias if dim is None else bias.movedim(dim, 0)
+    return bias.expand(size, heads, *bias.shape[-2:]).flatten(0, 1)
+
+
+# ---- registered operators: fakes for tracing, autograd for torch.compile ---------------------------------------------
+
+
+def _fake(query, out_like, return_lse):
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, height, width, heads, _ = query.shape
+    shape = (batch, heads, height, width) if return_lse else (0,)
+    return out_like(query), query.new_empty(shape, dtype=lse_dtype)
+
+
+def _fake_forward(query, key, value, bias, window_size, shift, scale, return_lse):
+    return _fake(query, torch.empty_like, return_lse)
+
+
+def _fake_forward_packed(qkv, bias, window_size, shift, scale, return_lse):
+    return _fake(qkv.select(3, 0), torch.empty_like, return_lse)
+
+
+def _bias_grad_like(bias, qkv):
+    return qkv.new_empty((0,)) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad, query, key, value, bias, lse, window_size, shift, scale):
+    return tuple(torch.empty_like(t) for t in (query, key, value)) + (_bias_grad_like(bias, query),)
+
+
+def _fake_backward_packed(grad, qkv, bias, lse, window_size, shift, scale):
+    return torch.empty_like(qkv), _bias_grad_like(bias, qkv)
+
+
+def _setup_compiled(ctx, inputs, output):
+    *qkv, bias, window_size, shift, scale, _ = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.arguments = (window_size, shift, scale)
+    ctx.save_for_backward(bias, lse, *qkv)
+
+
+def _compiled_backward(ctx, grad, _):
+    bias, lse, *qkv = ctx.saved_tensors
+    grads = _backward_operator(qkv)(grad, *qkv, bias, lse, *ctx.arguments)
+    return *grads[: len(qkv)], (None if bias is None else grads[-1]), None, None, None, None
+
+
+def _setup_compiled_backward(ctx, inputs, output):
+    grad, *qkv, bias, _, window_size, shift, scale = inputs
+    ctx.spec = Spec(tuple(window_size), tuple(shift), scale, "cpu")
+    ctx.save_for_backward(bias, grad, *qkv)
+
+
+def _compiled_double_backward(ctx, *cotangents):
+    _, bias_grad, _, grad_grad, *qkv_grad = WindowAttentionBackward.backward(ctx, *cotangents)
+    return grad_grad, *qkv_grad, bias_grad, None, None, None, None
+
+
+def _triton_forward(*arguments):
+    from vitfast.kernels import window_attention as kernels
+
+    *qkv, bias, window_size, shift, scale, return_lse = arguments
+    return kernels.forward(*_unpack(qkv), bias, tuple(window_size), tuple(shift), scale, return_lse)
+
+
+def _triton_backward_operator(*arguments):
+    *head, window_size, shift, scale = arguments
+    grads = _triton_backward(*head, tuple(window_size), tuple(shift), scale)
+    if grads[-1] is None:
+        grads = (*grads[:-1], grads[0].new_empty((0,)))
+    return grads
+
+
+def _register() -> None:
+    for suffix, fake, fake_backward in (
+        ("", _fake_forward, _fake_backward),
+        ("_qkvpacked", _fake_forward_packed, _fake_backward_packed),
+    ):
+        forward, backward = f"vitfast::window_attention{suffix}", f"vitfast::window_attention{suffix}_backward"
+        torch.library.register_fake(forward, fake)
+        torch.library.register_fake(backward, fake_backward)
+        torch.library.register_autograd(forward, _compiled_backward, setup_context=_setup_compiled)
+        torch.library.register_autograd(
+            backward, _compiled_double_backward, setup_context=_setup_compiled_backward
+        )
+        torch.library.register_kernel(forward, "cuda", _triton_forward)
+        torch.library.register_kernel(backward, "cuda", _triton_backward_operator)
+
+
+if _extension.available():
+    _register()
