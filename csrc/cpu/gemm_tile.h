@@ -1,4 +1,4 @@
-// Small matrix products on data in the caches: C = diag(alpha) A B.
+// Small matrix products on data in the caches: C = diag(alpha) A B + plus.
 //
 // The rows of A and C and the rows of B are found through tables of offsets, so that they may lie anywhere in a feature
 // map: nothing is gathered first. One tile keeps rows x vectors accumulators in registers; each step along the depth
@@ -24,37 +24,62 @@ struct Rows {
   operator Rows<const T>() const { return {data, offset, step}; }
 };
 
+// C = diag(alpha) A B + plus, over rows of A, C and `plus` that begin with a_row, c_row and plus_row. alpha holds a factor
+// for each of these rows. No `plus` where its data is null.
+template <class T>
+struct Product {
+  int64_t depth;
+  Rows<const T> a;
+  int64_t a_row;
+  Rows<const T> b;
+  Rows<T> c;
+  int64_t c_row;
+  const T* alpha;
+  Rows<const T> plus = {};
+  int64_t plus_row = 0;
+};
+
+// R rows and V vectors of a product, from `column` on.
 template <class T, int R, int V>
-__attribute__((noinline)) void gemm_tile(int64_t depth, Rows<const T> a, int64_t a_row, Rows<const T> b,
-                                         int64_t b_column, Rows<T> c, int64_t c_row, const T* alpha) {
+__attribute__((noinline)) void gemm_tile(const Product<T>& x, int64_t column) {
   constexpr int L = kLanes<T>;
-  const T* a_rows[R];
+  const T* a[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) a_rows[r] = a.row(a_row + r);
-  const T* b_data = b.data + b_column;
+  for (int r = 0; r < R; ++r) a[r] = x.a.row(x.a_row + r);
+  const T* b = x.b.data + column;
+  const int64_t *offset = x.b.offset, *end = offset + x.depth;
+  const int64_t step = x.a.step;
   Vec<T> sum[R][V] = {};
-  for (int64_t k = 0, at = 0; k < depth; ++k, at += a.step) {
-    const T* b_row = b_data + b.offset[k];
+  for (int64_t at = 0; offset != end; ++offset, at += step) {
+    const T* row = b + *offset;
     Vec<T> bv[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) bv[v] = load(b_row + v * L);
+    for (int v = 0; v < V; ++v) bv[v] = load(row + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> av = broadcast(a_rows[r][at]);
+      const Vec<T> av = broadcast(a[r][at]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += av * bv[v];
     }
   }
+  const bool add = x.plus.data != nullptr;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    T* out = c.row(c_row + r) + b_column;
+    T* out = x.c.row(x.c_row + r) + column;
+    const Vec<T> alpha = broadcast(x.alpha[r]);
+    if (add) {
+      const T* plus = x.plus.row(x.plus_row + r) + column;
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + v * L, sum[r][v] * alpha[r]);
+      for (int v = 0; v < V; ++v) store(out + v * L, sum[r][v] * alpha + load(plus + v * L));
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + v * L, sum[r][v] * alpha);
+    }
   }
 }
 
 template <class T>
-using GemmTile = void (*)(int64_t, Rows<const T>, int64_t, Rows<const T>, int64_t, Rows<T>, int64_t, const T*);
+using GemmTile = void (*)(const Product<T>&, int64_t);
 
 template <class T, int... I>
 inline GemmTile<T> gemm_tile_for(int rows, int vectors, std::integer_sequence<int, I...>) {
@@ -65,17 +90,14 @@ inline GemmTile<T> gemm_tile_for(int rows, int vectors, std::integer_sequence<in
 // The smallest count of parts that are no larger than `limit` when n is cut evenly.
 inline int64_t parts(int64_t n, int64_t limit) { return (n + limit - 1) / limit; }
 
-// Rows [row, row + rows) of C, all columns: `rows` is at most kTileRows, the columns are `vectors` whole vectors.
-// alpha holds one factor for each of these rows.
+// All columns, `vectors` whole vectors, of `rows` rows of a product; rows is at most kTileRows.
 template <class T>
-inline void gemm_rows(int64_t rows, int64_t vectors, int64_t depth, Rows<const T> a, int64_t a_row, Rows<const T> b,
-                      Rows<T> c, int64_t c_row, const T* alpha) {
+inline void gemm_rows(int64_t rows, int64_t vectors, const Product<T>& product) {
   const int64_t count = parts(vectors, kTileVectors);
   for (int64_t part = 0, first = 0; part < count; ++part) {
     const int64_t width = (vectors - first) / (count - part);
     gemm_tile_for<T>(static_cast<int>(rows), static_cast<int>(width),
-                     std::make_integer_sequence<int, kTileRows * kTileVectors>{})(
-        depth, a, a_row, b, first * kLanes<T>, c, c_row, alpha);
+                     std::make_integer_sequence<int, kTileRows * kTileVectors>{})(product, first * kLanes<T>);
     first += width;
   }
 }

@@ -5,6 +5,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 reports its own headers' _mm512_undefined_*() as uninitialized: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #if defined(__clang__)

@@ -61,6 +61,7 @@ class Arena {
     return piece;
   }
   int64_t used() const { return used_; }
+  bool holds_memory() const { return block_ != nullptr; }
 
  private:
   std::byte* block_;

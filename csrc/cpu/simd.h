@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -41,7 +40,7 @@ inline constexpr int kLanes = VecOf<T>::kLanes;
 
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // compilers drop it: subtracting 0, unlike adding it, changes no value
 }
 
 template <class T>
@@ -54,6 +53,16 @@ inline void store(T* p, Vec<T> x) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = x;
 }
 
+// Lane l holds l.
+template <class T, int... L>
+inline Vec<T> lane_index(std::integer_sequence<int, L...>) {
+  return Vec<T>{static_cast<T>(L)...};
+}
+template <class T>
+inline Vec<T> lane_index() {
+  return lane_index<T>(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // The first n lanes, 0 < n <= lanes; the others read as zero. Touches no memory beyond them.
 template <class T>
 inline Vec<T> load_partial(const T* p, int64_t n) {
@@ -63,9 +72,16 @@ inline Vec<T> load_partial(const T* p, int64_t n) {
   } else {
     return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
   }
+#elif VITFAST_VECTOR_BYTES == 32
+  const auto mask = (__m256i)(lane_index<T>() < static_cast<T>(n));
+  if constexpr (std::is_same_v<T, float>) {
+    return (Vec<T>)_mm256_maskload_ps(p, mask);
+  } else {
+    return (Vec<T>)_mm256_maskload_pd(p, mask);
+  }
 #else
   Vec<T> x{};
-  std::memcpy(&x, p, n * sizeof(T));
+  for (int64_t l = 0; l < n; ++l) x[l] = p[l];
   return x;
 #endif
 }
@@ -78,8 +94,15 @@ inline void store_partial(T* p, Vec<T> x, int64_t n) {
   } else {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)x);
   }
+#elif VITFAST_VECTOR_BYTES == 32
+  const auto mask = (__m256i)(lane_index<T>() < static_cast<T>(n));
+  if constexpr (std::is_same_v<T, float>) {
+    _mm256_maskstore_ps(p, mask, (__m256)x);
+  } else {
+    _mm256_maskstore_pd(p, mask, (__m256d)x);
+  }
 #else
-  std::memcpy(p, &x, n * sizeof(T));
+  for (int64_t l = 0; l < n; ++l) p[l] = x[l];
 #endif
 }
 
@@ -93,48 +116,53 @@ inline void store_up_to(T* p, Vec<T> x, int64_t n) {
   n >= kLanes<T> ? store(p, x) : store_partial(p, x, n);
 }
 
-// Lane l holds l.
+// Where one of the operands is NaN, the second.
 template <class T>
-inline Vec<T> lane_index() {
-  Vec<T> x{};
-  for (int l = 0; l < kLanes<T>; ++l) x[l] = static_cast<T>(l);
-  return x;
-}
-
-// NaN in either operand gives the second operand's lane only if that is NaN: call as max(bound, x) to keep NaN in x.
-template <class T>
-inline Vec<T> max(Vec<T> bound, Vec<T> x) {
-  return bound > x ? bound : x;
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+#if VITFAST_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  } else {
+    return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+  }
+#else
+  return a > b ? a : b;
+#endif
 }
 
 // ---- reductions and transposition, by halving --------------------------------------------------------------------------
 
-template <class T, int... L>
-inline Vec<T> rotate_lanes(Vec<T> x, int by, std::integer_sequence<int, L...>) {
-  return __builtin_shuffle(x, IntVec<T>{((L + by) % kLanes<T>)...});
+// Lanes come in groups of kWidth. Folds every group in two, and puts the halves of x and y side by side, in turn.
+template <class T, int kWidth, class Combine, int... L>
+inline Vec<T> fold(Vec<T> x, Vec<T> y, Combine combine, std::integer_sequence<int, L...>) {
+  constexpr int n = kLanes<T>, half = kWidth / 2;
+  const Vec<T> low = __builtin_shuffle(x, y, IntVec<T>{(L / half % 2 * n + L / half / 2 * kWidth + L % half)...});
+  const Vec<T> high =
+      __builtin_shuffle(x, y, IntVec<T>{(L / half % 2 * n + L / half / 2 * kWidth + half + L % half)...});
+  return combine(low, high);
 }
 
-template <class T, class Combine>
-inline T reduce(Vec<T> x, Combine combine) {
-#pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    x = combine(x, rotate_lanes<T>(x, half, std::make_integer_sequence<int, kLanes<T>>{}));
+// Folds pairs of lanes; the results fill the lower half.
+template <class T, class Combine, int... L>
+inline Vec<T> fold_pairs(Vec<T> x, Combine combine, std::integer_sequence<int, L...>) {
+  constexpr int n = kLanes<T>;
+  return combine(__builtin_shuffle(x, IntVec<T>{(2 * L % n)...}), __builtin_shuffle(x, IntVec<T>{(2 * L % n + 1)...}));
+}
+
+// Lane r of the result combines all lanes of rows[r], r < kRows. Cheaper than row by row: all rows share the shuffles.
+template <class T, int kRows, int kWidth = kLanes<T>, class Combine>
+inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
+  static_assert(kWidth == kRows || kWidth == 2 * kRows || kRows > 1);
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>{};
+  if constexpr (kRows > 1) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows / 2; ++r) rows[r] = fold<T, kWidth>(rows[r], rows[r + kRows / 2], combine, lanes);
+    return reduce_rows<T, kRows / 2, kWidth / 2>(rows, combine);
+  } else if constexpr (kWidth > 1) {
+    return fold_pairs<T>(rows[0], combine, lanes);
+  } else {
+    return rows[0];
   }
-  return x[0];
-}
-
-template <class T>
-inline T reduce_add(Vec<T> x) {
-  return reduce<T>(x, [](Vec<T> a, Vec<T> b) { return a + b; });
-}
-
-// NaN in any lane gives NaN.
-template <class T>
-inline T reduce_max(Vec<T> x) {
-  return reduce<T>(x, [](Vec<T> a, Vec<T> b) {
-    const Vec<T> larger = a > b ? a : b;
-    return a != a ? a : larger;
-  });
 }
 
 // Transposes lanes x lanes values in registers: every step interleaves row r with row r + lanes / 2.
@@ -163,62 +191,60 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
 // ---- exponential and logarithm -----------------------------------------------------------------------------------------
 
 template <class T>
-struct ExpConstants;
+struct FloatConstants;
 
 template <>
-struct ExpConstants<float> {
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+struct FloatConstants<float> {
+  static constexpr int kMantissaBits = 23, kExponentBias = 127;
   static constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
-  static constexpr float kLowest = -88.0f;  // rounds to the exponent -127, whose power of two is written as 0
-  static constexpr int32_t kExponentBias = 127, kMantissaBits = 23;
-  // e^r on |r| <= log(2) / 2 by its Chebyshev expansion; relative error of the rounded coefficients 2e-8
-  static constexpr float kExp[] = {1.0f,           1.0f,           0.5f,           0.16666415334f,
-                                   0.04166635126f, 0.00837513432f, 0.00139411190f};
+  // 2^x on |x| <= 1/2, from its Chebyshev expansion; relative error of the rounded coefficients 1.8e-8
+  static constexpr float kExp2[] = {1.0f,         0.6931472f,   0.2402265f,   0.05550327f,
+                                    0.009618025f, 0.0013400433f, 0.00015469732f};
 };
 
 template <>
-struct ExpConstants<double> {
-  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+struct FloatConstants<double> {
+  static constexpr int kMantissaBits = 52, kExponentBias = 1023;
   static constexpr double kLog2High = 0.693147180369123816490, kLog2Low = 1.90821492927058770002e-10;
-  static constexpr double kLowest = -709.0;  // rounds to the exponent -1023
-  static constexpr int64_t kExponentBias = 1023, kMantissaBits = 52;
-  static constexpr double kExp[] = {1.0,
-                                    1.0,
-                                    0.5000000000000019,
-                                    0.1666666666666668,
-                                    0.04166666666648795,
-                                    0.008333333333319589,
-                                    0.0013888888952352863,
-                                    0.00019841269890076403,
-                                    2.4801485441561313e-05,
-                                    2.755724088722987e-06,
-                                    2.763265472252779e-07,
-                                    2.5110049204818658e-08};  // relative error 2e-16
+  static constexpr double kExp2[] = {1.0,
+                                     0.6931471805599453,
+                                     0.24022650695910158,
+                                     0.0555041086648217,
+                                     0.009618129107587253,
+                                     0.001333355814639035,
+                                     0.00015403530463727982,
+                                     1.5252733856295574e-05,
+                                     1.3215432534254118e-06,
+                                     1.0178051192117847e-07,
+                                     7.074194562613105e-09,
+                                     4.456675463639861e-10};  // relative error 2e-17
 };
 
-// e^x for x <= 0, with a relative error of a few rounding errors; 0 below the normal numbers and at -inf, NaN at NaN.
-// x = n log 2 + r with |r| <= log(2) / 2.
 template <class T>
-inline Vec<T> exp_nonpositive(Vec<T> x) {
-  using C = ExpConstants<T>;
-  constexpr T kLog2E = static_cast<T>(1.442695040888963407359924681);
-  x = max<T>(broadcast(C::kLowest), x);
-  const Vec<T> shifted = x * kLog2E + C::kRound;
-  const Vec<T> n = shifted - C::kRound;
-  const Vec<T> r = (x - n * C::kLog2High) - n * C::kLog2Low;
-  constexpr int kDegree = sizeof(C::kExp) / sizeof(T) - 1;
-  Vec<T> p = broadcast(C::kExp[kDegree]);
+inline constexpr T kLog2E = static_cast<T>(1.442695040888963407359924681);
+
+// 2^x for x up to about 0, to a few rounding errors; 0 below the normal numbers and at -inf, NaN at NaN.
+// x = n + f with an integer n and |f| <= 1/2.
+template <class T>
+inline Vec<T> exp2_nonpositive(Vec<T> x) {
+  using C = FloatConstants<T>;
+  // Adding kRound leaves n + bias in the lowest bits, from where a shift makes it the exponent of a power of two.
+  constexpr T kRound = static_cast<T>(int64_t{3} << (C::kMantissaBits - 1)) + C::kExponentBias;
+  x = max<T>(broadcast(static_cast<T>(-C::kExponentBias)), x);  // where that exponent is 0, and the power too
+  const Vec<T> shifted = x + kRound;
+  const Vec<T> f = x - (shifted - kRound);
+  constexpr int kDegree = sizeof(C::kExp2) / sizeof(T) - 1;
+  Vec<T> p = broadcast(C::kExp2[kDegree]);
 #pragma GCC unroll 16
-  for (int i = kDegree - 1; i >= 0; --i) p = p * r + C::kExp[i];
-  const IntVec<T> power = ((IntVec<T>)shifted << C::kMantissaBits) + (C::kExponentBias << C::kMantissaBits);
-  return p * (Vec<T>)power;
+  for (int i = kDegree - 1; i >= 0; --i) p = p * f + C::kExp2[i];
+  return p * (Vec<T>)((IntVec<T>)shifted << C::kMantissaBits);
 }
 
 // log(x) for positive normal x; NaN and infinity pass as NaN.
 // x = 2^e m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1), by its series in s^2 <= 0.0295.
 template <class T>
 inline Vec<T> log_positive(Vec<T> x) {
-  using C = ExpConstants<T>;
+  using C = FloatConstants<T>;
   using Int = typename VecOf<T>::Int;
   const IntVec<T> half = (IntVec<T>)broadcast(static_cast<T>(0.70710678118654752440));
   const IntVec<T> offset = (IntVec<T>)x - half;

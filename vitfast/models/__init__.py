@@ -1,3 +1,7 @@
-"""Whole models."""
-def create_model(): ...
-def list_models(): ...
+"""Whole models, made by name."""
+
+from vitfast.models.alternet import AlterNet
+from vitfast.models.registry import create_model, list_models, register
+from vitfast.models.resnet import ResNet
+
+__all__ = ["AlterNet", "ResNet", "create_model", "list_models", "register"]
