@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -57,16 +59,7 @@ def window_attention(
     torch.Size([2, 14, 14, 3, 32])
     """
     _check_tensors(query=query, key=key, value=value, bias=bias)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 5:
-            raise ValueError(f"{name} must have the shape (B, H, W, heads, D); got {tuple(tensor.shape)}")
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have one shape; got {tuple(key.shape)} and {tuple(value.shape)}")
-    if (query.shape[0], *query.shape[3:]) != (key.shape[0], *key.shape[3:]):
-        raise ValueError(
-            "query and key must agree in B, heads and D of (B, H, W, heads, D); "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}"
-        )
+    _check_maps(query=query, key=key, value=value)
     window, offset = _check_window(window_size, shift)
     ratio = _check_ratio(query, key, window, offset)
     bias = _check_bias(bias, query, window, ratio)
@@ -120,9 +113,7 @@ def window_attention_weights(
     lie outside the map are zero. Sums of the other rows are 1.
     """
     _check_tensors(query=query, key=key, bias=bias)
-    for name, tensor in (("query", query), ("key", key)):
-        if tensor.dim() != 5:
-            raise ValueError(f"{name} must have the shape (B, H, W, heads, D); got {tuple(tensor.shape)}")
+    _check_maps(query=query, key=key)
     window, offset = _check_window(window_size, shift)
     ratio = _check_ratio(query, key, window, offset)
     bias = _check_bias(bias, query, window, ratio)
@@ -153,14 +144,25 @@ def _check_tensors(bias: Tensor | None, **tensors: Tensor) -> None:
             )
 
 
+def _check_maps(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
+    """Ranks and shapes, but for the height and width of the key map."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor is not None and tensor.dim() != 5:
+            raise ValueError(f"{name} must have the shape (B, H, W, heads, D); got {tuple(tensor.shape)}")
+    if value is not None and key.shape != value.shape:
+        raise ValueError(f"key and value must have one shape; got {tuple(key.shape)} and {tuple(value.shape)}")
+    if (query.shape[0], *query.shape[3:]) != (key.shape[0], *key.shape[3:]):
+        raise ValueError(
+            "query and key must agree in B, heads and D of (B, H, W, heads, D); "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+
+
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(value, (tuple, list, torch.Size)):
-        pair = tuple(value)
-    else:
-        pair = (value, value)
-    if len(pair) != 2 or not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair):
+    pair = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, (Integral, torch.SymInt)) and not isinstance(v, bool) for v in pair):
         raise TypeError(f"{name} must be an integer or a pair of integers (rows, columns); got {value!r}")
-    return pair
+    return tuple(v if isinstance(v, torch.SymInt) else int(v) for v in pair)
 
 
 def _check_window(window_size, shift) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -180,11 +182,11 @@ def _check_ratio(query: Tensor, key: Tensor, window: tuple[int, int], shift: tup
     ratio = []
     for axis, size, key_size, w, s in zip("HW", query.shape[1:3], key.shape[1:3], window, shift, strict=True):
         r = size // key_size if key_size else 1
-        if size != r * key_size:
+        if r == 0 or size != r * key_size:
             raise ValueError(
                 f"{axis} of query must be a multiple of {axis} of key; got {tuple(query.shape)} and {tuple(key.shape)}"
             )
-        if w % max(r, 1) or s % max(r, 1):
+        if w % r or s % r:
             raise ValueError(
                 f"keys {r} times smaller than queries along {axis} need a window and a shift that {r} divides; "
                 f"got window_size = {window} and shift = {shift}"
@@ -198,7 +200,7 @@ def _check_bias(bias: Tensor | None, query: Tensor, window: tuple[int, int], rat
     if bias is None:
         return None
     heads, n = query.shape[-2], window[0] * window[1]
-    expected = (heads, n, n // (max(ratio[0], 1) * max(ratio[1], 1)))
+    expected = (heads, n, n // (ratio[0] * ratio[1]))
     if bias.dim() != 3 or tuple(bias.shape[1:]) != expected[1:] or bias.shape[0] not in (1, heads):
         raise ValueError(
             f"bias must have the shape {expected}, or (1, {expected[1]}, {expected[2]}) to be shared by all heads, "
@@ -212,6 +214,6 @@ def _check_scale(scale: float | None, query: Tensor) -> float:
         raise ValueError(f"the head dimension D must be at least 1; got {tuple(query.shape)}")
     if scale is None:
         return query.shape[-1] ** -0.5
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+    if not isinstance(scale, Real):
         raise TypeError(f"scale must be a Python number or None; got {type(scale).__name__}")
     return float(scale)

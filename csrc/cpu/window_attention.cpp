@@ -144,9 +144,16 @@ std::tuple<Tensor, Tensor> forward(const Shape& shape, const MapView& query, con
   return {out, lse};
 }
 
-// Sums over fewer windows than this are not worth a partial sum of their own, which takes 1 / 128 of their scores' bytes.
-constexpr int64_t kWindowsPerSplit = 128;
+// How many runs the windows of a head are cut into: a power of two, so that threads share them evenly, and none of fewer
+// windows than this, so that the partial sums take little memory beside the scores that are never stored.
+constexpr int64_t kWindowsPerSplit = 32;
 constexpr int64_t kMostSplits = 64;
+
+int64_t splits_of(int64_t windows) {
+  int64_t splits = 1;
+  while (splits < kMostSplits && windows / (2 * splits) >= kWindowsPerSplit) splits *= 2;
+  return splits;
+}
 
 // Adds up the partial sums of the bias gradient, (heads, splits, ...) -> (heads or 1, ...), in a fixed order.
 template <class T>
@@ -180,7 +187,7 @@ Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, co
   }
   Tensor bias_grad = torch::stable::new_empty(*dense_bias, {dense_bias->size(0), problem.queries(), problem.keys()});
   if (empty(shape)) return torch::stable::zero_(bias_grad), bias_grad;
-  const int64_t splits = std::clamp<int64_t>(shape.batch * problem.windows() / kWindowsPerSplit, 1, kMostSplits);
+  const int64_t splits = splits_of(shape.batch * problem.windows());
   const int64_t sums_per_bias = problem.bias_shared ? shape.heads * splits : splits;
   const Tensor partial = sums_per_bias == 1 ? bias_grad
                                             : torch::stable::new_empty(bias_grad, {shape.heads * splits, problem.queries(),

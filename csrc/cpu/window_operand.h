@@ -19,6 +19,26 @@ struct Item {
   int64_t batch, head, window;
 };
 
+// Tokens as columns of a matrix, cut into vectors.
+//
+// The lone token. The square of an odd number is one more than a multiple of 8, so an odd window leaves one token over. A
+// vector of 16 lanes for that one would cost a third of the work again, in the products and in the exponentials: it is
+// left out of the vectors, and its column is computed apart, one dot product for each row.
+template <class T>
+struct Columns {
+  int64_t count;    // of tokens
+  bool lone;        // the last token is not part of the vectors
+  int64_t vectors;  // whole vectors that hold the other tokens, and perhaps some columns without a token
+
+  explicit Columns(int64_t tokens)
+      : count(tokens),
+        lone(tokens > kLanes<T> && tokens % kLanes<T> == 1),
+        vectors(lone ? tokens / kLanes<T> : parts(tokens, kLanes<T>)) {}
+  int64_t width() const { return vectors * kLanes<T>; }
+  int64_t last() const { return count - 1; }
+  int64_t in_vectors() const { return lone ? count - 1 : count; }
+};
+
 // A matrix in scratch, with room behind it for one vector that is stored over its end.
 template <class T>
 class Matrix {
@@ -106,119 +126,90 @@ class Prefetch {
   int64_t y_ = 0, x_ = 0, next_ = 0;
 };
 
-// One map's part in the current window and head.
-//
-// Its tokens are rows where they lie, [count][D], if their elements are adjacent, of the computing dtype and, for access
-// by vectors, whole vectors. Otherwise `gather` copies them and `scatter` puts them back. A map whose elements lie apart,
-// as in channels-first maps where a row of the window is contiguous, is copied as planes, [D][count], first; the left
-// factor of a product is left so.
 template <class S>
-class Operand {
+S* first_element(const MapView& view, const Item& item, const Tokens& tokens) {
+  return static_cast<S*>(view.data) + item.batch * view.stride[0] + item.head * view.stride[3] +
+         tokens.rows.begin * view.stride[1] + tokens.columns.begin * view.stride[2];
+}
+
+// One map's part in the current window and head, its tokens as rows, [count][D].
+//
+// They are used where they lie if their elements are adjacent, of the computing dtype and whole vectors. Otherwise
+// `gather` copies them and `scatter` puts them back.
+template <class S>
+class TokenRows {
  public:
   using T = Compute<S>;
 
-  Operand(const MapView& view, int64_t dim, int64_t most_tokens, Arena& arena, Access access = Access::kVectors)
-      : view_(view), dim_(dim), offset_(arena.take<int64_t>(most_tokens)) {
-    const bool adjacent = view.stride[4] == 1;
-    in_place_ = std::is_same_v<S, T> && adjacent && (access == Access::kBroadcast || dim % kLanes<T> == 0);
-    as_planes_ = !adjacent && access == Access::kBroadcast;
-    if (!adjacent) {
-      planes_ = Matrix<T>(dim, round_up(most_tokens, kLanes<T>), arena);
-      if (arena.holds_memory()) planes_.set_columns(round_up(most_tokens, kLanes<T>));
-    }
-    if (!in_place_ && !as_planes_) copy_ = arena.take<T>(most_tokens * round_up(dim, kLanes<T>));
+  TokenRows(const MapView& view, int64_t dim, int64_t most_tokens, Arena& arena)
+      : view_(view),
+        dim_(dim),
+        copy_stride_(round_up(dim, kLanes<T>)),
+        in_place_(std::is_same_v<S, T> && view.stride[4] == 1 && dim % kLanes<T> == 0),
+        offset_(arena.take<int64_t>(most_tokens)) {
+    if (!in_place_) copy_ = arena.take<T>(most_tokens * copy_stride_);
   }
 
   // Turns to the tokens of another window, head and image. `tokens` must stay until the next call.
   void select(const Item& item, const Tokens& tokens) {
-    data_ = first(item, tokens);
+    data_ = first_element<S>(view_, item, tokens);
     tokens_ = &tokens;
     if (tokens.rows.size == table_rows_ && tokens.columns.size == table_columns_) return;
     table_rows_ = tokens.rows.size;
     table_columns_ = tokens.columns.size;
-    const int64_t copy_stride = round_up(dim_, kLanes<T>);
     int64_t i = 0;
     for (int64_t y = 0; y < tokens.rows.size; ++y) {
       for (int64_t x = 0; x < tokens.columns.size; ++x, ++i) {
-        offset_[i] = in_place_ ? y * view_.stride[1] + x * view_.stride[2] : as_planes_ ? i : i * copy_stride;
+        offset_[i] = in_place_ ? y * view_.stride[1] + x * view_.stride[2] : i * copy_stride_;
       }
     }
   }
 
-  // Of what `gather` or a product will read after `select`.
+  // Of the tokens of an item; of no use to a map whose elements lie apart.
   Prefetch prefetch(const Item& item, const Tokens& tokens) const {
     constexpr int64_t size = sizeof(S);
-    const S* data = first(item, tokens);
-    if (view_.stride[4] == 1) {
-      return {data, view_.stride[1] * size, view_.stride[2] * size, tokens.rows.size, tokens.columns.size, dim_ * size};
-    }
-    const int64_t run = (tokens.columns.size - 1) * view_.stride[2] + 1;  // all of a row in one plane
-    return {data, view_.stride[4] * size, view_.stride[1] * size, dim_, tokens.rows.size, run * size};
+    return {first_element<S>(view_, item, tokens), view_.stride[1] * size, view_.stride[2] * size, tokens.rows.size,
+            tokens.columns.size, view_.stride[4] == 1 ? dim_ * size : 0};
   }
 
-  // Whether a token's elements are adjacent in `rows()`; they are a column of `planes()` otherwise.
-  bool has_rows() const { return !as_planes_; }
-
-  // The tokens as rows of a matrix, [count][D], after `gather` or before `scatter` if copied.
+  // After `gather` or before `scatter`.
   Rows<T> rows() const {
     if constexpr (std::is_same_v<S, T>) {
       if (in_place_) return {data_, offset_, 1};
     }
-    if (as_planes_) return {planes_.row(0), offset_, planes_.columns()};
     return {copy_, offset_, 1};
   }
-  Rows<T> planes() const { return planes_.rows(); }
 
   void gather() {
     if (in_place_) return;
-    if (planes_.rows().data == nullptr) {
-      for_each_token([&](int64_t i, S* token) { copy_token(token, copy_ + offset_[i]); });
-    } else {
-      gather_planes(planes_.row(0), planes_.columns());
-      if (as_planes_) return;
-      transpose_rows<T>([&](int64_t d) { return planes_.row(d); }, dim_, tokens_->count(), copy_,
-                        round_up(dim_, kLanes<T>));
-    }
+    for_each_token([&](int64_t i, S* token) { load_token(token, copy_ + offset_[i]); });
   }
 
-  // The first `count` tokens transposed, dst [D][stride], finite up to a whole vector.
+  // The first `count` tokens transposed, dst [D][stride], zeros up to a whole vector.
   void gather_transposed(int64_t count, T* dst, int64_t stride) {
-    if (view_.stride[4] != 1) {
-      gather_planes(dst, stride);
-    } else {
-      gather();
-      const Rows<T> source = rows();
-      transpose_rows<T>([&](int64_t i) { return source.row(i); }, count, dim_, dst, stride);
-    }
+    gather();
+    const Rows<T> source = rows();
+    transpose_rows<T>([&](int64_t i) { return source.row(i); }, count, dim_, dst, stride);
   }
 
   // The last token, [D], zeros up to a whole vector.
   void gather_last(T* dst) const {
-    S* token = data_ + (tokens_->rows.size - 1) * view_.stride[1] + (tokens_->columns.size - 1) * view_.stride[2];
-    copy_token(token, dst);
+    load_token(data_ + (tokens_->rows.size - 1) * view_.stride[1] + (tokens_->columns.size - 1) * view_.stride[2], dst);
   }
 
   void scatter() {
     if (in_place_) return;
-    if (planes_.rows().data == nullptr) {
-      for_each_token([&](int64_t i, S* token) {
-        for (int64_t d = 0; d < dim_; d += kLanes<T>) {
-          store_as_storage_up_to(token + d, load(copy_ + offset_[i] + d), dim_ - d);
-        }
-      });
-    } else {
-      transpose_rows<T>([&](int64_t i) { return copy_ + offset_[i]; }, tokens_->count(), dim_, planes_.row(0),
-                        planes_.columns());
-      scatter_planes();
-    }
+    for_each_token([&](int64_t i, S* token) {
+      const T* src = copy_ + offset_[i];
+      if (view_.stride[4] == 1) {
+        for (int64_t d = 0; d < dim_; d += kLanes<T>) store_as_storage_up_to(token + d, load(src + d), dim_ - d);
+      } else {
+        for (int64_t d = 0; d < dim_; ++d) token[d * view_.stride[4]] = static_cast<S>(src[d]);
+      }
+    });
   }
 
  private:
-  S* first(const Item& item, const Tokens& tokens) const {
-    return static_cast<S*>(view_.data) + item.batch * view_.stride[0] + item.head * view_.stride[3] +
-           tokens.rows.begin * view_.stride[1] + tokens.columns.begin * view_.stride[2];
-  }
-
   template <class F>
   void for_each_token(F f) const {
     for (int64_t y = 0, i = 0; y < tokens_->rows.size; ++y) {
@@ -226,60 +217,156 @@ class Operand {
     }
   }
 
-  void copy_token(S* token, T* dst) const {
+  void load_token(const S* token, T* dst) const {
     if (view_.stride[4] == 1) {
       for (int64_t d = 0; d < dim_; d += kLanes<T>) store(dst + d, load_as_compute_up_to(token + d, dim_ - d));
     } else {
-      std::fill(dst + dim_, dst + round_up(dim_, kLanes<T>), T{0});
       for (int64_t d = 0; d < dim_; ++d) dst[d] = static_cast<T>(token[d * view_.stride[4]]);
-    }
-  }
-
-  // dst[d][token]. Whole vectors are stored, and the next run or plane overwrites what was too much.
-  void gather_planes(T* dst, int64_t stride) const {
-    const int64_t columns = tokens_->columns.size;
-    for (int64_t d = 0; d < dim_; ++d) {
-      T* plane = dst + d * stride;
-      for (int64_t y = 0; y < tokens_->rows.size; ++y, plane += columns) {
-        const S* run = data_ + d * view_.stride[4] + y * view_.stride[1];
-        if (view_.stride[2] == 1) {
-          for (int64_t x = 0; x < columns; x += kLanes<T>) {
-            store(plane + x, load_as_compute_up_to(run + x, columns - x));
-          }
-        } else {
-          for (int64_t x = 0; x < columns; ++x) plane[x] = static_cast<T>(run[x * view_.stride[2]]);
-        }
-      }
-      if (plane < dst + d * stride + stride) store(plane, Vec<T>{});
-    }
-  }
-
-  void scatter_planes() const {
-    const int64_t columns = tokens_->columns.size;
-    for (int64_t d = 0; d < dim_; ++d) {
-      const T* plane = planes_.row(d);
-      for (int64_t y = 0; y < tokens_->rows.size; ++y, plane += columns) {
-        S* run = data_ + d * view_.stride[4] + y * view_.stride[1];
-        if (view_.stride[2] == 1) {
-          for (int64_t x = 0; x < columns; x += kLanes<T>) {
-            store_as_storage_up_to(run + x, load(plane + x), columns - x);
-          }
-        } else {
-          for (int64_t x = 0; x < columns; ++x) run[x * view_.stride[2]] = static_cast<S>(plane[x]);
-        }
-      }
+      std::fill(dst + dim_, dst + copy_stride_, T{0});
     }
   }
 
   MapView view_;
-  int64_t dim_;
+  int64_t dim_, copy_stride_;
+  bool in_place_;
   int64_t* offset_;
-  bool in_place_ = false, as_planes_ = false;
-  T* copy_ = nullptr;  // [tokens][D rounded up to whole vectors]
-  Matrix<T> planes_;   // [D][tokens]
+  T* copy_ = nullptr;  // [tokens][copy_stride]
   S* data_ = nullptr;  // the window's first element
   const Tokens* tokens_ = nullptr;
   int64_t table_rows_ = 0, table_columns_ = 0;  // of the window that offset_ was made for
+};
+
+// Copies `bytes` adjacent bytes, kPiece <= bytes <= 2 kPiece, as two pieces that may overlap.
+template <int kPiece>
+struct ShortCopy {
+  int64_t bytes;
+
+  void operator()(void* dst, const void* src) const {
+    char first[kPiece], last[kPiece];
+    std::memcpy(first, src, kPiece);
+    std::memcpy(last, static_cast<const char*>(src) + bytes - kPiece, kPiece);
+    std::memcpy(dst, first, kPiece);
+    std::memcpy(static_cast<char*>(dst) + bytes - kPiece, last, kPiece);
+  }
+};
+
+// Calls f with the function that copies `count` adjacent values fastest: rows of windows are short, and masks cost more.
+// False if there is none, because the values must be converted or are too many.
+template <class To, class From, class F>
+bool with_short_copy(int64_t count, F f) {
+  if constexpr (std::is_same_v<To, From>) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(To));
+    if (bytes < 4 || bytes > 128) return false;
+    if (bytes >= 64) return f(ShortCopy<64>{bytes}), true;
+    if (bytes >= 32) return f(ShortCopy<32>{bytes}), true;
+    if (bytes >= 16) return f(ShortCopy<16>{bytes}), true;
+    if (bytes >= 8) return f(ShortCopy<8>{bytes}), true;
+    return f(ShortCopy<4>{bytes}), true;
+  }
+  return false;
+}
+
+// One map's part in the current window and head, its channels as planes, [D][count].
+//
+// They are used where they lie if a plane's tokens are adjacent, of the computing dtype, and fill whole vectors but for a
+// lone token: then the window is as wide as the map. Otherwise `gather` copies them and `scatter` puts them back.
+template <class S>
+class TokenPlanes {
+ public:
+  using T = Compute<S>;
+
+  TokenPlanes(const MapView& view, int64_t dim, int64_t most_tokens, Arena& arena)
+      : view_(view),
+        dim_(dim),
+        copy_stride_(round_up(most_tokens, kLanes<T>)),
+        offset_(arena.take<int64_t>(dim)),
+        index_(arena.take<int64_t>(most_tokens)),
+        copy_(arena.take<T>(dim * copy_stride_ + kLanes<T>)) {
+    if (!arena.holds_memory()) return;
+    for (int64_t d = 0; d < dim; ++d) offset_[d] = d * copy_stride_;
+    std::iota(index_, index_ + most_tokens, int64_t{0});
+  }
+
+  // Turns to the tokens of another window, head and image. `tokens` must stay until the next call.
+  void select(const Item& item, const Tokens& tokens) {
+    data_ = first_element<S>(view_, item, tokens);
+    tokens_ = &tokens;
+    const bool adjacent = view_.stride[2] == 1 && (tokens.rows.size == 1 || view_.stride[1] == tokens.columns.size);
+    const Columns<T> columns(tokens.count());
+    const bool in_place = std::is_same_v<S, T> && adjacent && columns.width() <= columns.count;
+    if (in_place == in_place_) return;
+    in_place_ = in_place;
+    for (int64_t d = 0; d < dim_; ++d) offset_[d] = d * stride();
+  }
+
+  // The planes, [D][count], after `gather` or before `scatter`.
+  Rows<T> rows() const { return {data(), offset_, 1}; }
+  // The tokens, [count][D], as a left factor.
+  Rows<T> transposed() const { return {data(), index_, stride()}; }
+
+  void gather() {
+    if (in_place_) return;
+    const int64_t width = tokens_->columns.size, step = view_.stride[2];
+    const auto copy_with = [&](auto copy_row) {
+      for (int64_t d = 0; d < dim_; ++d) {
+        T* plane = copy_ + d * copy_stride_;
+        const S* row = data_ + d * view_.stride[4];
+        for (int64_t y = 0; y < tokens_->rows.size; ++y, plane += width, row += view_.stride[1]) copy_row(plane, row);
+        // Columns without a token must be finite. The next plane overwrites what is too much.
+        if (plane < copy_ + (d + 1) * copy_stride_) store(plane, Vec<T>{});
+      }
+    };
+    if (step != 1) {
+      copy_with([=](T* plane, const S* row) {
+        for (int64_t x = 0; x < width; ++x) plane[x] = static_cast<T>(row[x * step]);
+      });
+    } else if (!with_short_copy<T, S>(width, copy_with)) {
+      copy_with([=](T* plane, const S* row) {
+        for (int64_t x = 0; x < width; x += kLanes<T>) store(plane + x, load_as_compute_up_to(row + x, width - x));
+      });
+    }
+  }
+
+  void scatter() {
+    if (in_place_) return;
+    const int64_t width = tokens_->columns.size, step = view_.stride[2];
+    const auto copy_with = [&](auto copy_row) {
+      for (int64_t d = 0; d < dim_; ++d) {
+        const T* plane = copy_ + d * copy_stride_;
+        S* row = data_ + d * view_.stride[4];
+        for (int64_t y = 0; y < tokens_->rows.size; ++y, plane += width, row += view_.stride[1]) copy_row(row, plane);
+      }
+    };
+    if (step != 1) {
+      copy_with([=](S* row, const T* plane) {
+        for (int64_t x = 0; x < width; ++x) row[x * step] = static_cast<S>(plane[x]);
+      });
+    } else if (!with_short_copy<S, T>(width, copy_with)) {
+      copy_with([=](S* row, const T* plane) {
+        for (int64_t x = 0; x < width; x += kLanes<T>) {
+          store_as_storage_up_to(row + x, load(plane + x), width - x);
+        }
+      });
+    }
+  }
+
+ private:
+  T* data() const {
+    if constexpr (std::is_same_v<S, T>) {
+      if (in_place_) return data_;
+    }
+    return copy_;
+  }
+  int64_t stride() const { return in_place_ ? view_.stride[4] : copy_stride_; }
+
+  MapView view_;
+  int64_t dim_, copy_stride_;
+  int64_t* offset_;  // of the planes
+  int64_t* index_;   // 0, 1, 2, ...
+  T* copy_;          // [D][copy_stride]
+  bool in_place_ = false;
+  S* data_ = nullptr;  // the window's first element
+  const Tokens* tokens_ = nullptr;
 };
 
 }  // namespace vitfast::cpu::VITFAST_ISA

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 
 import torch  # noqa: F401  (its shared libraries must be loaded before the extension that links to them)
@@ -25,7 +24,6 @@ def available() -> bool:
     return _C is not None
 
 
-@functools.cache
 def require() -> types.ModuleType:
     """The extension module; raises `ExtensionError` with the way to build it when there is none."""
     if _C is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import importlib.util
 import warnings
 from collections.abc import Iterator
 
@@ -13,7 +13,11 @@ from vitfast.ops import _extension
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vitfast_backend", default=None)
+# Looked up here, once, because Dynamo cannot trace the search.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# A plain global because Dynamo guards on those: a compiled function is compiled again for another backend.
+_forced: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -22,7 +26,7 @@ class BackendError(RuntimeError):
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one implementation for every vitfast operator called inside the block.
+    """Force one implementation for every vitfast operator that this process calls inside the block.
 
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++), ``"triton"`` (NVIDIA GPUs; or CPU tensors in
@@ -37,16 +41,17 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:
     """The backend for a call of ``operator``, which has the kernels ``served``, on tensors of ``device``."""
-    name = _forced.get()
+    name = _forced
     if name is None:
         return _default(operator, served, device)
     if name == "reference":
@@ -54,14 +59,18 @@ def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:
     if name not in served:
         raise BackendError(f"{operator} has no {name} kernel; it has: {', '.join((*served, 'reference'))}")
     if name == "cpu" and device.type != "cpu":
-        raise BackendError(f"backend 'cpu' was forced, but the tensors of {operator} are on {device}; move them with .cpu()")
+        raise BackendError(
+            f"backend 'cpu' was forced, but the tensors of {operator} are on {device}; move them with .cpu()"
+        )
     if name == "triton" and device.type != "cuda" and not triton_interpreted():
         raise BackendError(
             f"backend 'triton' was forced, but the tensors of {operator} are on {device}; move them to a CUDA device, "
             "or set TRITON_INTERPRET=1 before Python starts to interpret the kernel on the CPU"
         )
     if name == "triton" and not triton_available():
-        raise BackendError(f"backend 'triton' was forced for {operator}, but triton is not installed: pip install triton")
+        raise BackendError(
+            f"backend 'triton' was forced for {operator}, but triton is not installed: pip install triton"
+        )
     if name == "cuda" and device.type != "cuda":
         raise BackendError(f"backend 'cuda' was forced, but the tensors of {operator} are on {device}")
     if name == "cpu":
@@ -80,17 +89,11 @@ def _default(operator: str, served: tuple[str, ...], device: torch.device) -> st
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def triton_available() -> bool:
-    """Whether Triton can be imported."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is installed."""
+    return _TRITON_INSTALLED
 
 
-@torch.compiler.assume_constant_result
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter in this process."""
     if not triton_available():
@@ -107,7 +110,7 @@ def _warn_once(operator: str) -> None:
     if operator not in _warned:
         _warned.add(operator)
         warnings.warn(
-            f"{operator} runs as plain PyTorch on this CUDA device because triton is not installed (pip install triton)",
+            f"{operator} runs as plain PyTorch on this CUDA device: triton is not installed (pip install triton)",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -64,6 +64,8 @@ def window_attention(
             return reference.window_attention(*_unpack(qkv), bias, **spec.options)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return _operator(qkv)(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
+    if _forward_ad_is_nested():
+        return reference.window_attention(*_unpack(qkv), bias, **spec.options)
     if not _may_be_differentiated(tensors):
         return _forward(spec, bias, qkv, return_lse=False)[0]
     return WindowAttention.apply(spec, bias, *qkv)[0]
@@ -71,13 +73,16 @@ def window_attention(
 
 def _may_be_differentiated(tensors: tuple[Tensor, ...]) -> bool:
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return (
-        transformed or _forward_ad_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    return transformed or _forward_ad_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _forward_ad_active() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _forward_ad_is_nested() -> bool:
+    """Whether one `torch.func.jvp` runs inside another: PyTorch loses the outer tangent of a Function's `jvp`."""
+    return torch._functorch.eager_transforms.JVP_NESTING > 1
 
 
 def _unpack(qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,12 +158,15 @@ class WindowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         bias, lse, *qkv = ctx.saved_tensors
+        if _forward_ad_is_nested():
+            *qkv_grad, bias_grad = reference.window_attention_backward(grad, *_unpack(qkv), bias, **ctx.spec.options)
+            return None, bias_grad, *_repack(len(qkv) == 1, *qkv_grad)
         grads = WindowAttentionBackward.apply(ctx.spec, bias, lse, grad, *qkv)
         return None, (None if bias is None else grads[-1]), *grads[: len(qkv)]
 
     @staticmethod
     def jvp(ctx, _, bias_t, *qkv_t):
-        bias, lse, *qkv = ctx.saved_tensors
+        bias, _lse, *qkv = ctx.saved_tensors
         return _tangent(ctx.spec, bias, qkv, bias_t, qkv_t), None
 
     @staticmethod
@@ -182,7 +190,7 @@ class WindowAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        spec, bias, lse, grad, *qkv = inputs
+        spec, bias, _lse, grad, *qkv = inputs
         ctx.spec = spec
         ctx.save_for_backward(bias, grad, *qkv)
         ctx.save_for_forward(bias, grad, *qkv)
@@ -209,7 +217,7 @@ class WindowAttentionBackward(torch.autograd.Function):
         grads = WindowAttentionBackward.apply(
             spec,
             _fold_bias(bias, bias_dim, size, heads),
-            _fold(lse, lse_dim, size, 1),
+            _fold(lse, lse_dim, size, 1).contiguous(),
             _fold_heads(grad, grad_dim, size),
             *folded,
         )
@@ -244,7 +252,7 @@ def _unpack_tangents(qkv_t):
     return qkv_t
 
 
-# vmap folds the mapped dimension into the heads: each head has scores of its own and, in the gradient, a bias of its own.
+# vmap folds the mapped dimension into the heads: each head has its own scores and, in the gradient, its own bias.
 
 
 def _heads(x: Tensor, dim: int | None) -> int:
@@ -293,7 +301,7 @@ def _bias_grad_like(bias, qkv):
 
 
 def _fake_backward(grad, query, key, value, bias, lse, window_size, shift, scale):
-    return tuple(torch.empty_like(t) for t in (query, key, value)) + (_bias_grad_like(bias, query),)
+    return *(torch.empty_like(t) for t in (query, key, value)), _bias_grad_like(bias, query)
 
 
 def _fake_backward_packed(grad, qkv, bias, lse, window_size, shift, scale):
@@ -349,9 +357,7 @@ def _register() -> None:
         torch.library.register_fake(forward, fake)
         torch.library.register_fake(backward, fake_backward)
         torch.library.register_autograd(forward, _compiled_backward, setup_context=_setup_compiled)
-        torch.library.register_autograd(
-            backward, _compiled_double_backward, setup_context=_setup_compiled_backward
-        )
+        torch.library.register_autograd(backward, _compiled_double_backward, setup_context=_setup_compiled_backward)
         torch.library.register_kernel(forward, "cuda", _triton_forward)
         torch.library.register_kernel(backward, "cuda", _triton_backward_operator)
 

@@ -33,10 +33,12 @@ Pair = tuple[int, int]
 
 def window_partition(x: Tensor, window_size: Pair, shift: Pair) -> Tensor:
     """(B, H, W, heads, D) -> (B, windows, heads, window_h * window_w, D), zeros where a window leaves the map."""
+    batch, _, _, heads, dim = x.shape
     top, bottom, left, right = _grid_padding(x.shape[1:3], window_size, shift)
     x = F.pad(x, (0, 0, 0, 0, left, right, top, bottom))
-    x = x.unflatten(2, (-1, window_size[1])).unflatten(1, (-1, window_size[0]))
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)
+    rows, columns = x.shape[1] // window_size[0], x.shape[2] // window_size[1]
+    x = x.reshape(batch, rows, window_size[0], columns, window_size[1], heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
+    return x.reshape(batch, rows * columns, heads, window_size[0] * window_size[1], dim)
 
 
 def window_reverse(windows: Tensor, map_size: Pair, window_size: Pair, shift: Pair) -> Tensor:
@@ -44,8 +46,9 @@ def window_reverse(windows: Tensor, map_size: Pair, window_size: Pair, shift: Pa
     height, width = map_size
     top, bottom, left, right = _grid_padding(map_size, window_size, shift)
     rows, columns = (top + height + bottom) // window_size[0], (left + width + right) // window_size[1]
-    x = windows.unflatten(1, (rows, columns)).unflatten(4, window_size)
-    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+    batch, _, heads, _, dim = windows.shape
+    x = windows.reshape(batch, rows, columns, heads, *window_size, dim).permute(0, 1, 4, 2, 5, 3, 6)
+    x = x.reshape(batch, rows * window_size[0], columns * window_size[1], heads, dim)
     return x[:, top : top + height, left : left + width]
 
 
@@ -159,15 +162,11 @@ def window_attention_backward_tangent(
     probabilities_grad = g @ v.mT
     probabilities_grad_t = _add(_matmul(g_t, v.mT), _matmul(g, None if v_t is None else v_t.mT))
     scores_grad = _softmax_backward(probabilities, probabilities_grad)
-    scores_grad_t = _softmax_backward_tangent(
-        probabilities, probabilities_t, probabilities_grad, probabilities_grad_t
-    )
+    scores_grad_t = _softmax_backward_tangent(probabilities, probabilities_t, probabilities_grad, probabilities_grad_t)
     transposed_t = None if scores_grad_t is None else scores_grad_t.mT
     query_grad_t = _add(_matmul(scores_grad_t, k), _matmul(scores_grad, k_t))
     key_grad_t = _add(_matmul(transposed_t, q), _matmul(scores_grad.mT, q_t))
-    value_grad_t = _add(
-        None if probabilities_t is None else probabilities_t.mT @ g, _matmul(probabilities.mT, g_t)
-    )
+    value_grad_t = _add(None if probabilities_t is None else probabilities_t.mT @ g, _matmul(probabilities.mT, g_t))
     if bias is None:
         bias_grad_t = None
     elif scores_grad_t is None:
@@ -226,6 +225,9 @@ def _probabilities(grid: _Grid, query: Tensor, key: Tensor, bias: Tensor | None,
         scores = scores + bias.to(scores.dtype)
     if grid.key_inside is not None:
         scores = scores.masked_fill(~grid.key_inside, float("-inf"))
+        # Nothing reads the rows of queries outside the map, but one without any key (a bias of -inf) would be NaN, and
+        # reach the gradients of the keys as NaN * 0.
+        scores = scores.masked_fill(~grid.query_inside, 0)
     return scores.softmax(-1)
 
 

@@ -1,0 +1,200 @@
+// One window of one head, its tokens as rows, [tokens][D]: for maps whose heads and channels are innermost.
+//
+// K (in the backward V too) is transposed into scratch, [D][m], because the vectors of a tile of scores run along the
+// keys; the other operands are used where they lie in the map if possible. Scores live in scratch: a block of rows in the
+// forward, P and dS of one window in the backward.
+#pragma once
+
+#include "cpu/window_attention_scores.h"
+
+namespace vitfast::cpu::VITFAST_ISA {
+namespace {
+
+template <class S>
+class ForwardTokens {
+ public:
+  using T = Compute<S>;
+
+  ForwardTokens(const WindowAttentionForward& call, const Walk<T>& walk, Arena arena)
+      : walk_(walk),
+        lse_(static_cast<T*>(call.lse)),
+        query_(call.query, walk.problem.dim, walk.most_queries, arena),
+        key_(call.key, walk.problem.dim, walk.most_keys, arena),
+        value_(call.value, walk.problem.dim, walk.most_keys, arena),
+        out_(call.out, walk.problem.dim, walk.most_queries, arena),
+        bias_(walk, arena),
+        key_transposed_(walk.problem.dim, walk.padded_keys, arena),
+        scores_(kTileRows, walk.padded_keys, arena),
+        lone_key_(arena.take<T>(round_up(walk.problem.dim, kLanes<T>))),
+        window_lse_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
+        bytes_(arena.used()) {
+    std::fill_n(scale_, kTileRows, static_cast<T>(walk.problem.scale));
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  // Meanwhile it prefetches what `next` will need.
+  void operator()(const Item& item, const Item& next) {
+    const Tokens queries = walk_.queries(item.window), keys = walk_.keys(item.window);
+    const Columns<T> columns(keys.count());
+    const int64_t dim = walk_.problem.dim;
+    query_.select(item, queries);
+    key_.select(item, keys);
+    value_.select(item, keys);
+    out_.select(item, queries);
+    bias_.select(item.head, queries, keys);
+    Prefetch prefetch_query = query_.prefetch(next, walk_.queries(next.window)),
+                prefetch_key = key_.prefetch(next, walk_.keys(next.window)),
+                prefetch_value = value_.prefetch(next, walk_.keys(next.window));
+    key_transposed_.set_columns(columns.width());
+    scores_.set_columns(round_up(columns.count, kLanes<T>));
+    query_.gather();
+    key_.gather_transposed(columns.in_vectors(), key_transposed_.row(0), columns.width());
+    value_.gather();
+    if (columns.lone) key_.gather_last(lone_key_);
+
+    for_each_block(queries.count(), [&](int64_t first, int64_t height) {
+      gemm_rows<T>(height, columns.vectors,
+                   {dim, query_.rows(), first, key_transposed_.rows(), scores_.rows(), 0, scale_, bias_.rows(), first});
+      BlockValues<T> lone;
+      if (columns.lone) {
+        lone = row_dots<T>(query_.rows(), first, height, dim, lone_key_);
+        add_bias(lone, scale_[0], bias_.lone() + first);
+      }
+      const SoftmaxStatistics<T> statistics = exponentiate(scores_, 0, height, columns, lone);
+      BlockValues<T> factor;
+      for_each_vector<T>([&](int i) {
+        const Vec<T> sum = load(statistics.sum.data + i);
+        store(factor.data + i, T{1} / sum);
+        if (lse_ != nullptr) {
+          store(window_lse_ + first + i, load(statistics.top.data + i) + log_positive<T>(sum));
+        }
+      });
+      for (Prefetch* prefetch : {&prefetch_query, &prefetch_key, &prefetch_value}) prefetch->advance(first + height, queries.count());
+      gemm_rows<T>(height, parts(dim, kLanes<T>),
+                   {columns.count, scores_.rows(), 0, value_.rows(), out_.rows(), first, factor.data});
+    });
+    out_.scatter();
+    if (lse_ != nullptr) walk_.scatter_statistics(item, queries, window_lse_, lse_);
+  }
+
+ private:
+  const Walk<T>& walk_;
+  T* lse_;
+  TokenRows<S> query_, key_, value_, out_;
+  WindowBias<T> bias_;
+  Matrix<T> key_transposed_;  // [D][keys but the lone one]
+  Matrix<T> scores_;          // [kTileRows][keys]
+  T* lone_key_;               // [D]
+  T* window_lse_;             // [queries]
+  T scale_[kTileRows];
+  int64_t bytes_;
+};
+
+template <class S>
+class BackwardTokens {
+ public:
+  using T = Compute<S>;
+
+  BackwardTokens(const WindowAttentionBackward& call, const Walk<T>& walk, Arena arena)
+      : walk_(walk),
+        lse_(static_cast<const T*>(call.lse)),
+        grad_(call.grad, walk.problem.dim, walk.most_queries, arena),
+        query_(call.query, walk.problem.dim, walk.most_queries, arena),
+        key_(call.key, walk.problem.dim, walk.most_keys, arena),
+        value_(call.value, walk.problem.dim, walk.most_keys, arena),
+        grad_query_(call.grad_query, walk.problem.dim, walk.most_queries, arena),
+        grad_key_(call.grad_key, walk.problem.dim, walk.most_keys, arena),
+        grad_value_(call.grad_value, walk.problem.dim, walk.most_keys, arena),
+        bias_(walk, arena),
+        key_transposed_(walk.problem.dim, walk.padded_keys, arena),
+        value_transposed_(walk.problem.dim, walk.padded_keys, arena),
+        probabilities_(walk.most_queries, walk.padded_keys, arena),
+        scores_grad_(walk.most_queries, walk.padded_keys, arena),
+        lone_key_(arena.take<T>(round_up(walk.problem.dim, kLanes<T>))),
+        lone_value_(arena.take<T>(round_up(walk.problem.dim, kLanes<T>))),
+        window_lse_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
+        key_offset_(arena.take<int64_t>(walk.most_keys)),
+        bytes_(arena.used()) {
+    std::fill_n(scale_, kTileRows, static_cast<T>(walk.problem.scale));
+    std::fill_n(one_, kTileRows, T{1});
+    if (arena.holds_memory()) {
+      std::iota(key_offset_, key_offset_ + walk.most_keys, int64_t{0});
+      std::fill_n(window_lse_, walk.most_queries + kBlockValues<T>, T{0});
+    }
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  // bias_sum, if not null, is what the gradients of the scores are added to.
+  void operator()(const Item& item, const Item& next, T* bias_sum) {
+    const Tokens queries = walk_.queries(item.window), keys = walk_.keys(item.window);
+    const int64_t n = queries.count(), m = keys.count();
+    const Columns<T> columns(m);
+    const int64_t dim = walk_.problem.dim, dim_vectors = parts(dim, kLanes<T>);
+    for (TokenRows<S>* operand : {&grad_, &query_, &grad_query_}) operand->select(item, queries);
+    for (TokenRows<S>* operand : {&key_, &value_, &grad_key_, &grad_value_}) operand->select(item, keys);
+    for (Matrix<T>* matrix : {&key_transposed_, &value_transposed_}) matrix->set_columns(columns.width());
+    for (Matrix<T>* matrix : {&probabilities_, &scores_grad_}) matrix->set_columns(round_up(m, kLanes<T>));
+    bias_.select(item.head, queries, keys);
+    const Tokens next_queries = walk_.queries(next.window), next_keys = walk_.keys(next.window);
+    Prefetch prefetch[] = {grad_.prefetch(next, next_queries), query_.prefetch(next, next_queries),
+                              key_.prefetch(next, next_keys), value_.prefetch(next, next_keys)};
+    grad_.gather();
+    query_.gather();
+    key_.gather();
+    key_.gather_transposed(columns.in_vectors(), key_transposed_.row(0), columns.width());
+    value_.gather_transposed(columns.in_vectors(), value_transposed_.row(0), columns.width());
+    if (columns.lone) {
+      key_.gather_last(lone_key_);
+      value_.gather_last(lone_value_);
+    }
+    walk_.gather_statistics(item, queries, lse_, window_lse_);
+
+    for_each_block(n, [&](int64_t first, int64_t height) {
+      gemm_rows<T>(height, columns.vectors,
+                   {dim, query_.rows(), first, key_transposed_.rows(), probabilities_.rows(), first, scale_,
+                    bias_.rows(), first});
+      gemm_rows<T>(height, columns.vectors,
+                   {dim, grad_.rows(), first, value_transposed_.rows(), scores_grad_.rows(), first, one_});
+      BlockValues<T> lone, lone_grad, lse;
+      if (columns.lone) {
+        lone = row_dots<T>(query_.rows(), first, height, dim, lone_key_);
+        add_bias(lone, scale_[0], bias_.lone() + first);
+        lone_grad = row_dots<T>(grad_.rows(), first, height, dim, lone_value_);
+      }
+      for_each_vector<T>([&](int i) { store(lse.data + i, load(window_lse_ + first + i)); });
+      softmax_backward(probabilities_, scores_grad_, first, height, columns, lse, lone, lone_grad);
+      if (bias_sum != nullptr) bias_.add_grad(bias_sum, scores_grad_, first, height);
+      for (Prefetch& operand : prefetch) operand.advance(first + height, n);
+      gemm_rows<T>(height, dim_vectors, {m, scores_grad_.rows(), first, key_.rows(), grad_query_.rows(), first, scale_});
+    });
+    for_each_block(m, [&](int64_t first, int64_t height) {
+      gemm_rows<T>(height, dim_vectors,
+                   {n, transposed(scores_grad_), first, query_.rows(), grad_key_.rows(), first, scale_});
+      gemm_rows<T>(height, dim_vectors,
+                   {n, transposed(probabilities_), first, grad_.rows(), grad_value_.rows(), first, one_});
+    });
+    grad_query_.scatter();
+    grad_key_.scatter();
+    grad_value_.scatter();
+  }
+
+ private:
+  Rows<const T> transposed(const Matrix<T>& matrix) const { return {matrix.row(0), key_offset_, matrix.columns()}; }
+
+  const Walk<T>& walk_;
+  const T* lse_;
+  TokenRows<S> grad_, query_, key_, value_, grad_query_, grad_key_, grad_value_;
+  WindowBias<T> bias_;
+  Matrix<T> key_transposed_, value_transposed_;  // [D][keys but the lone one]
+  Matrix<T> probabilities_, scores_grad_;        // [queries][keys]
+  T *lone_key_, *lone_value_;                    // [D]
+  T* window_lse_;                                // [queries]
+  int64_t* key_offset_;                          // 0, 1, 2, ...
+  T scale_[kTileRows], one_[kTileRows];
+  int64_t bytes_;
+};
+
+}  // namespace
+}  // namespace vitfast::cpu::VITFAST_ISA

@@ -1,0 +1,52 @@
+"""The memory a call needs beyond its inputs and its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitfast.bench.case import Run
+from vitfast.ops import _extension
+
+__all__ = ["extra_bytes"]
+
+
+def extra_bytes(run: Run, device: torch.device) -> int:
+    """The most memory held at one time during ``run()``, less that of the results.
+
+    Counted is what comes from PyTorch's allocator, whoever asks for it, and on the CPU the scratch memory of vitfast's
+    kernels, which they allocate themselves.
+    """
+    peak, results = _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
+    return peak - sum(tensor.nbytes for tensor in results)
+
+
+def _cuda_peak(run: Run, device: torch.device) -> tuple[int, tuple[Tensor, ...]]:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = run()
+    return torch.cuda.max_memory_allocated(device) - before, results
+
+
+def _cpu_peak(run: Run) -> tuple[int, tuple[Tensor, ...]]:
+    """PyTorch keeps no peak for the CPU, but the profiler's trace has each allocation, and each release as negative."""
+    extension = _extension.require()
+    extension.reset_scratch_bytes()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports on itself, on standard error
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        results = run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    memory_events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    peak = held = 0
+    for event in memory_events:
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak + extension.scratch_bytes(), results

@@ -1,0 +1,69 @@
+"""What a model predicts for a split, and how good that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitfast.analysis import calibration
+from vitfast.train.data import ImageData, Split, batches
+
+__all__ = ["Evaluation", "evaluate", "predict"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions for a split: ``logits`` (n, classes) and ``labels`` (n,) on the CPU, and what can be said about them.
+
+    The measures and their 95 % intervals are those of `vitfast.analysis.calibration`.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return calibration.accuracy(self.logits, self.labels)
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        return calibration.wilson_interval(self.accuracy, len(self.labels))
+
+    @property
+    def nll(self) -> float:
+        return calibration.nll(self.logits, self.labels)
+
+    @property
+    def nll_interval(self) -> tuple[float, float]:
+        return calibration.nll_interval(self.logits, self.labels)
+
+    @property
+    def expected_calibration_error(self) -> float:
+        return self.reliability_diagram.expected_calibration_error
+
+    @property
+    def expected_calibration_error_interval(self) -> tuple[float, float]:
+        return calibration.expected_calibration_error_interval(self.logits, self.labels)
+
+    @property
+    def reliability_diagram(self) -> calibration.ReliabilityDiagram:
+        return calibration.reliability_diagram(self.logits, self.labels)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256) -> Tensor:
+    """The logits (n, classes), on the CPU, of a model in evaluation mode; its mode is restored afterwards."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        return torch.cat([model(images.to(device)).cpu() for images, _ in batches(data, split, batch_size)])
+    finally:
+        model.train(training)
+
+
+def evaluate(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256) -> Evaluation:
+    """`predict` together with the labels."""
+    return Evaluation(predict(model, data, split, batch_size=batch_size), split.labels)
