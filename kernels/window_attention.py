@@ -1,0 +1,606 @@
+"""Window attention in Triton, forward and backward.
+
+Inside each window of a feature map, and for each head,
+
+    S = scale * Q K^T + bias        P = softmax(S)        O = P V
+
+and with G the gradient of O and L the natural logarithm of the sum of exp(S) over the keys,
+
+    P = exp(S - L)        dV = P^T G        dP = G V^T        delta = rowsum(P * dP)        dS = P * (dP - delta)
+    dQ = scale * dS K        dK = scale * dS^T Q        dbias = sum of dS over the windows
+
+Shapes: Q, G and O (B, H, W, heads, D); K and V (B, H / r, W / r, heads, D); bias (heads or 1, N, M); L and delta
+(B, heads, H, W). N = window_h * window_w queries and M = N / r^2 keys make a full window. Any strides; nothing but L is
+saved for the backward, and O is not needed there because delta comes from P.
+
+Windows. The grid of windows starts at its ``origin``, ``shift - window`` rows and columns from the map's corner (0
+without a shift), and is cut off at the map's edges. Tokens are found by index arithmetic alone: no roll, no partition,
+no mask in memory. Their places outside the map are masked, like the padding of every block.
+
+Kernels. ``window_attention_fwd_kernel`` takes a block of queries over blocks of keys with an online softmax. Where one
+tile of queries and keys holds a window (64 of each, or fewer, see `tiling`), ``window_attention_bwd_kernel`` does the
+whole backward: a program walks over a chunk of the windows of one head and keeps the gradient of the bias in registers.
+Larger windows take ``..._bwd_query_kernel`` for dQ, delta and the sums of the rows of P, ``..._bwd_key_kernel`` for dK
+and dV, and the former kernel, tile by tile, for the bias alone. There are no atomics: the partial sums of the bias's
+gradient, one per chunk, are added up by `torch.sum`, and the number of chunks depends on the shapes only, so gradients
+have the same bits in every run.
+
+Precision. float16 and bfloat16 are multiplied by tensor cores and accumulated in float32; P and dS are rounded to the
+input's dtype for their products. float32 is float32 throughout, never TF32, and float64 float64.
+
+Source: the online softmax of Milakov & Gimelshein, arXiv 1805.02867; the recomputation of P from L of Dao,
+"FlashAttention-2", arXiv 2307.08691; the windows of Liu et al., "Swin Transformer", ICCV 2021.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+
+Pair = tuple[int, int]
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _window(index, windows):
+    """The batch entry of window ``index``, and its row and column in the grid of ``windows``."""
+    line = index // windows[1]
+    return line // windows[0], line % windows[0], index % windows[1]
+
+
+@triton.jit
+def _tokens(window, grid, start, WINDOW: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
+    """Batch entry, rows, columns and presence on the map of the tokens start, start + 1, ... of a window. [BLOCK]
+
+    Rows and columns are in the integers OFFSET, as `offset_dtype` chooses them.
+    """
+    batch, window_row, window_column = window
+    height, width, origin_row, origin_column = grid
+    place = start + tl.arange(0, BLOCK)
+    row = origin_row + window_row * WINDOW[0] + place // WINDOW[1]
+    column = origin_column + window_column * WINDOW[1] + place % WINDOW[1]
+    inside = (place < WINDOW[0] * WINDOW[1]) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return batch.to(tl.int64), row.to(OFFSET), column.to(OFFSET), inside
+
+
+@triton.jit
+def _tile(ptr, strides, tokens, head, BLOCK_D: tl.constexpr):
+    """Pointers into a tensor (B, H, W, heads, D). [BLOCK, BLOCK_D]
+
+    The batch entry and the head are found in 64 bits; from there on OFFSET of `_tokens` is wide enough.
+    """
+    batch, row, column, _ = tokens
+    token = row * strides[1] + column * strides[2]
+    element = tl.arange(0, BLOCK_D).to(row.dtype) * strides[4]
+    # Rows and columns of the map, rather than of the window, change from window to window: a loop over windows would
+    # otherwise keep the offsets of all of its tiles in registers.
+    return ptr + batch * strides[0] + head * strides[3] + (token[:, None] + element[None, :])
+
+
+@triton.jit
+def _mask(tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    return tokens[3][:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def _load(
+    ptr, strides, tokens, head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The vectors of the tokens in one head, zero outside the map. [BLOCK, BLOCK_D]"""
+    tile, mask = _tile(ptr, strides, tokens, head, BLOCK_D), _mask(tokens, D, BLOCK_D)
+    if CHANNELS_FIRST:  # neighbouring threads take what lies side by side in memory, along the last dimension
+        return tl.trans(tl.load(tl.trans(tile), mask=tl.trans(mask), other=0.0))
+    else:
+        return tl.load(tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(
+    ptr, strides, tokens, head, value,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    tile, mask = _tile(ptr, strides, tokens, head, BLOCK_D), _mask(tokens, D, BLOCK_D)
+    value = value.to(ptr.dtype.element_ty)
+    if CHANNELS_FIRST:
+        tl.store(tl.trans(tile), tl.trans(value), mask=tl.trans(mask))
+    else:
+        tl.store(tile, value, mask=mask)
+
+
+@triton.jit
+def _row_offsets(tokens, head, heads, grid):
+    """Offsets into a contiguous (B, heads, H, W), such as L and delta. [BLOCK]"""
+    batch, row, column, _ = tokens
+    return ((batch * heads + head) * grid[0] + row) * grid[1] + column
+
+
+@triton.jit
+def _load_bias(
+    ptr, strides, head, query_start, key_start,
+    N: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the bias, zeros if there is none. [BLOCK_N, BLOCK_M]"""
+    if ptr is None:
+        return tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
+    else:
+        n = query_start + tl.arange(0, BLOCK_N)[:, None]
+        m = key_start + tl.arange(0, BLOCK_M)[None, :]
+        offsets = head * strides[0] + n.to(tl.int64) * strides[1] + m.to(tl.int64) * strides[2]
+        return tl.load(ptr + offsets, mask=(n < N) & (m < M), other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _scaled(x, scale):
+    """x times a scale that is a float64, in the dtype of x."""
+    return x * tl.full([], scale, x.dtype)
+
+
+@triton.jit
+def _probabilities(q, k, bias, lse, queries, keys, scale):
+    """P of one tile from the saved L; zero wherever a query or a key is outside the map. [BLOCK_N, BLOCK_M]
+
+    The rounding of L scales a row by some 1 + |L| eps, which shows in dP - delta: divide P by the sums of its rows.
+    """
+    s = _scaled(_dot(q, tl.trans(k)), scale) + bias
+    # Queries outside the map must go too: their L was never written, and P is contracted over them in dK and dV.
+    s = tl.where(queries[3][:, None] & keys[3][None, :], s, float("-inf"))
+    return tl.exp(s - lse[:, None])
+
+
+@triton.jit
+def _divide_rows(x, total):
+    """x over the sums of the rows of P, which are 0 for queries outside the map and leave x as it is."""
+    return x / tl.where(total > 0, total, 1.0)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+# These change from call to call without changing the code that is best for them.
+_jit = triton.jit(do_not_specialize=["heads", "window_count", "windows_per_program"])
+
+
+@_jit
+def window_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, bias_strides, out_strides,
+    query_grid, key_grid, windows, heads, scale: tl.float64,
+    WINDOW: tl.constexpr, KEY_WINDOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Out and L of one block of queries of one window and head; heads run fastest, then blocks, then windows."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1]
+    M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    block = pid // heads
+    window = _window(block // tl.cdiv(N, BLOCK_N), windows)
+    start_n = block % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
+    q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+
+    top = tl.full([BLOCK_N], float("-inf"), DTYPE)  # the largest score so far
+    total = tl.zeros([BLOCK_N], DTYPE)  # the sum of exp(score - top) so far
+    out = tl.zeros([BLOCK_N, BLOCK_D], DTYPE)
+    for start_m in range(0, M, BLOCK_M):
+        keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
+        k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
+        s = _scaled(_dot(q, tl.trans(k)), scale) + bias  # [BLOCK_N, BLOCK_M]
+        s = tl.where(keys[3][None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        # All keys of the first blocks may be outside the map: -inf - (-inf) would be NaN.
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp(s - reference[:, None])
+        decay = tl.exp(top - reference)
+        total = total * decay + tl.sum(p, 1)
+        out = out * decay[:, None] + _dot(p.to(v.dtype), v)
+        top = new_top
+
+    _store(out_ptr, out_strides, queries, head, out / total[:, None], D, BLOCK_D, CHANNELS_FIRST)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + _row_offsets(queries, head, heads, query_grid), top + tl.log(total), mask=queries[3])
+
+
+@_jit
+def window_attention_bwd_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, total_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr,
+    g_strides, q_strides, k_strides, v_strides, bias_strides, dq_strides, dk_strides, dv_strides,
+    query_grid, key_grid, windows, heads, window_count, windows_per_program, scale: tl.float64,
+    WINDOW: tl.constexpr, KEY_WINDOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries and keys in a chunk of the ``window_count`` windows, for one head.
+
+    Without ``delta_ptr`` the tile is the window, and everything is computed: dQ, dK, dV, and the partial sum of the
+    bias's gradient if there is a bias. With ``delta_ptr`` and ``total_ptr``, that partial sum only. ``dbias_ptr`` is
+    contiguous, (chunks, heads, N, M). Heads run fastest, then tiles, then chunks.
+    """
+    N: tl.constexpr = WINDOW[0] * WINDOW[1]
+    M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
+    TILES_M: tl.constexpr = tl.cdiv(M, BLOCK_M)
+    TILES: tl.constexpr = tl.cdiv(N, BLOCK_N) * TILES_M
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    chunk = pid // heads // TILES
+    tile = pid // heads % TILES
+    start_n = tile // TILES_M * BLOCK_N
+    start_m = tile % TILES_M * BLOCK_M
+
+    bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
+    dbias = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
+    index = chunk * windows_per_program
+    end = tl.minimum(index + windows_per_program, window_count)
+    while index < end:
+        window = _window(index, windows)
+        queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
+        keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
+        rows = _row_offsets(queries, head, heads, query_grid)  # [BLOCK_N]
+        q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+        k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+        lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
+        p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        dp = _dot(g, tl.trans(v))  # [BLOCK_N, BLOCK_M]
+        if delta_ptr is None:
+            p = _divide_rows(p, tl.sum(p, 1)[:, None])
+            ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+            dv = _dot(tl.trans(p.to(g.dtype)), g)  # [BLOCK_M, BLOCK_D]
+            _store(dv_ptr, dv_strides, keys, head, dv, D, BLOCK_D, CHANNELS_FIRST)
+            dq = _scaled(_dot(ds.to(k.dtype), k), scale)  # [BLOCK_N, BLOCK_D]
+            _store(dq_ptr, dq_strides, queries, head, dq, D, BLOCK_D, CHANNELS_FIRST)
+            dk = _scaled(_dot(tl.trans(ds.to(q.dtype)), q), scale)  # [BLOCK_M, BLOCK_D]
+            _store(dk_ptr, dk_strides, keys, head, dk, D, BLOCK_D, CHANNELS_FIRST)
+        else:
+            p = _divide_rows(p, tl.load(total_ptr + rows, mask=queries[3], other=0.0)[:, None])
+            ds = p * (dp - tl.load(delta_ptr + rows, mask=queries[3], other=0.0)[:, None])
+        dbias += ds
+        index += 1
+
+    if dbias_ptr is not None:
+        n = start_n + tl.arange(0, BLOCK_N)[:, None]
+        m = start_m + tl.arange(0, BLOCK_M)[None, :]
+        offsets = ((chunk * heads + head) * N + n) * M + m
+        tl.store(dbias_ptr + offsets, dbias, mask=(n < N) & (m < M))
+
+
+@_jit
+def window_attention_bwd_query_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, total_ptr, dq_ptr,
+    g_strides, q_strides, k_strides, v_strides, bias_strides, dq_strides,
+    query_grid, key_grid, windows, heads, scale: tl.float64,
+    WINDOW: tl.constexpr, KEY_WINDOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """dQ, delta and the sums of the rows of P of one block of queries; programs in the order of the forward."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1]
+    M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    block = pid // heads
+    window = _window(block // tl.cdiv(N, BLOCK_N), windows)
+    start_n = block % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
+    rows = _row_offsets(queries, head, heads, query_grid)  # [BLOCK_N]
+    q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+    g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+    lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
+
+    # Two passes over the keys: one pass would have to subtract delta from sums that cancel.
+    delta = tl.zeros([BLOCK_N], DTYPE)
+    total = tl.zeros([BLOCK_N], DTYPE)
+    for start_m in range(0, M, BLOCK_M):
+        keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
+        k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
+        p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        delta += tl.sum(p * _dot(g, tl.trans(v)), 1)
+        total += tl.sum(p, 1)
+    delta = _divide_rows(delta, total)
+    tl.store(delta_ptr + rows, delta, mask=queries[3])
+    tl.store(total_ptr + rows, total, mask=queries[3])
+
+    dq = tl.zeros([BLOCK_N, BLOCK_D], DTYPE)
+    for start_m in range(0, M, BLOCK_M):
+        keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
+        k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
+        p = _divide_rows(_probabilities(q, k, bias, lse, queries, keys, scale), total[:, None])  # [BLOCK_N, BLOCK_M]
+        ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
+        dq += _dot(ds.to(k.dtype), k)
+    _store(dq_ptr, dq_strides, queries, head, _scaled(dq, scale), D, BLOCK_D, CHANNELS_FIRST)
+
+
+@_jit
+def window_attention_bwd_key_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, total_ptr, dk_ptr, dv_ptr,
+    g_strides, q_strides, k_strides, v_strides, bias_strides, dk_strides, dv_strides,
+    query_grid, key_grid, windows, heads, scale: tl.float64,
+    WINDOW: tl.constexpr, KEY_WINDOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one block of keys; heads run fastest, then blocks, then windows."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1]
+    M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    block = pid // heads
+    window = _window(block // tl.cdiv(M, BLOCK_M), windows)
+    start_m = block % tl.cdiv(M, BLOCK_M) * BLOCK_M
+    keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
+    k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+    v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+
+    dk = tl.zeros([BLOCK_M, BLOCK_D], DTYPE)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], DTYPE)
+    for start_n in range(0, N, BLOCK_N):
+        queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
+        rows = _row_offsets(queries, head, heads, query_grid)  # [BLOCK_N]
+        q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+        g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+        bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
+        lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=queries[3], other=0.0)
+        total = tl.load(total_ptr + rows, mask=queries[3], other=0.0)
+        p = _divide_rows(_probabilities(q, k, bias, lse, queries, keys, scale), total[:, None])  # [BLOCK_N, BLOCK_M]
+        ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
+        dv += _dot(tl.trans(p.to(g.dtype)), g)
+        dk += _dot(tl.trans(ds.to(q.dtype)), q)
+    _store(dk_ptr, dk_strides, keys, head, _scaled(dk, scale), D, BLOCK_D, CHANNELS_FIRST)
+    _store(dv_ptr, dv_strides, keys, head, dv, D, BLOCK_D, CHANNELS_FIRST)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+class Tiling(NamedTuple):
+    """Block sizes, and the warps that share a block."""
+
+    block_n: int
+    block_m: int
+    block_d: int
+    num_warps: int
+
+
+def tiling(n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
+    """The blocks for windows of n queries and m keys of d elements: as many tokens, up to 64, as registers can hold.
+
+    Tensor cores spread 16 rows over a warp. Without them, for float32 and float64, each thread reads whole rows and
+    columns of what it multiplies, and smaller blocks over more threads are what keeps it from spilling.
+    """
+    tensor_cores = dtype.itemsize == 2
+    block_d = max(16, triton.next_power_of_2(d))
+    tile_bytes = 16384 if tensor_cores else 8192
+    limit = max(16, min(64, tile_bytes // (block_d * dtype.itemsize)))
+    block_n, block_m = (min(limit, max(16, triton.next_power_of_2(size))) for size in (n, m))
+    if tensor_cores:
+        num_warps = max(block_n // 16, 4 if block_d >= 64 else 1)
+    else:
+        num_warps = max(block_n // 8, 8 if block_d >= 64 else 1)
+    return Tiling(block_n, block_m, block_d, num_warps)
+
+
+def offset_dtype(tensors: list[Tensor]) -> tl.dtype:
+    """The integers that count the elements between two tokens of one map and head in any of ``tensors``.
+
+    int32 if they can, which takes half the registers of int64.
+    """
+    spans = []
+    for tensor in tensors:
+        _, height, width, _, d = tensor.shape
+        _, row, column, _, element = tensor.stride()
+        spans.append((height - 1) * row + (width - 1) * column + (d - 1) * element)
+    return tl.int32 if max(spans) < 2**31 else tl.int64
+
+
+def windows_per_program(windows: int, parallel: int) -> int:
+    """How many windows a program adds up for the bias: about 1024 programs, with ``parallel`` of them per chunk.
+
+    That many fill the largest GPUs, and their partial sums stay below 16 MiB.
+    """
+    return triton.cdiv(windows, max(1, 1024 // parallel))
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    window_size: Pair,
+    shift: Pair,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """O in the layout of ``query``, and L, which is empty, (0,), if it is not asked for."""
+    batch, height, width, heads, _ = query.shape
+    out = torch.empty_like(query)
+    lse = query.new_empty((batch, heads, height, width) if return_lse else (0,), dtype=_statistics_dtype(query))
+    if out.numel():
+        lse_or_none = lse if return_lse else None
+        forward_launch(query, key, value, bias, out, lse_or_none, window_size, shift, scale).run()
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    window_size: Pair,
+    shift: Pair,
+    scale: float,
+) -> Tensor | None:
+    """Writes the gradients of query, key and value into the tensors given for them, and returns that of the bias."""
+    if not query.numel():
+        for tensor in (grad_query, grad_key, grad_value):
+            tensor.zero_()
+        return None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    grads = grad_query, grad_key, grad_value
+    # contiguous already, unless vmap made it a view
+    launches, partial = backward_launches(
+        grad, query, key, value, bias, lse.contiguous(), *grads, window_size=window_size, shift=shift, scale=scale
+    )
+    for launch in launches:
+        launch.run()
+    if partial is None:
+        return None
+    return partial.sum(0) if bias.shape[0] == query.shape[3] else partial.sum((0, 1)).unsqueeze(0)
+
+
+def forward_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    window_size: Pair,
+    shift: Pair,
+    scale: float,
+) -> Launch:
+    """The launch that fills ``out``, and ``lse`` unless it is None."""
+    call = _Call(query, key, bias, window_size, shift, scale)
+    tensors = {"q": query, "k": key, "v": value, "out": out}
+    return call.launch(
+        window_attention_fwd_kernel, call.windows * call.blocks_n, tensors, bias_ptr=bias, lse_ptr=lse, num_stages=2
+    )
+
+
+def backward_launches(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    *,
+    window_size: Pair,
+    shift: Pair,
+    scale: float,
+) -> tuple[list[Launch], Tensor | None]:
+    """The launches that fill the gradients, and the partial sums they leave for the bias, (chunks, heads, N, M)."""
+    call = _Call(query, key, bias, window_size, shift, scale)
+    tensors = {"g": grad, "q": query, "k": key, "v": value}
+    outputs = {"dq": grad_query, "dk": grad_key, "dv": grad_value}
+    tiles = call.blocks_n * call.blocks_m
+    per_program, partial = 1, None
+    if bias is not None:
+        per_program = windows_per_program(call.windows, call.heads * tiles)
+        chunks = triton.cdiv(call.windows, per_program)
+        partial = lse.new_empty((chunks, call.heads, call.n, call.m))
+    whole = tiles == 1
+    delta, total = (None, None) if whole else (torch.empty_like(lse), torch.empty_like(lse))
+    saved = {"bias_ptr": bias, "lse_ptr": lse, "delta_ptr": delta, "total_ptr": total}
+    launches = []
+    if not whole:
+        launches = [
+            call.launch(
+                window_attention_bwd_query_kernel, call.windows * call.blocks_n, tensors | {"dq": grad_query}, **saved
+            ),
+            call.launch(
+                window_attention_bwd_key_kernel,
+                call.windows * call.blocks_m,
+                tensors | {"dk": grad_key, "dv": grad_value},
+                **saved,
+            ),
+        ]
+    if whole or bias is not None:
+        launches.append(
+            call.launch(
+                window_attention_bwd_kernel,
+                triton.cdiv(call.windows, per_program) * tiles,
+                tensors | (outputs if whole else dict.fromkeys(outputs)),
+                **saved,
+                dbias_ptr=partial,
+                window_count=call.windows,
+                windows_per_program=per_program,
+            )
+        )
+    return launches, partial
+
+
+class _Call:
+    """What the launches of one call have in common: the windows, the tiles and the arguments made of them."""
+
+    def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, window_size: Pair, shift: Pair, scale: float):
+        query_map, key_map = query.shape[1:3], key.shape[1:3]
+        ratio = [size // key_size for size, key_size in zip(query_map, key_map, strict=True)]
+        # of the grid of windows: rows and columns of the first full window that lie before the map
+        before = [-s % w for s, w in zip(shift, window_size, strict=True)]
+        grid = [triton.cdiv(size + b, w) for size, b, w in zip(query_map, before, window_size, strict=True)]
+        key_window = [w // r for w, r in zip(window_size, ratio, strict=True)]
+        key_before = [b // r for b, r in zip(before, ratio, strict=True)]
+        self.heads, d = query.shape[3:]
+        self.windows = query.shape[0] * grid[0] * grid[1]
+        self.n, self.m = window_size[0] * window_size[1], key_window[0] * key_window[1]
+        tile = tiling(self.n, self.m, d, query.dtype)
+        self.blocks_n, self.blocks_m = triton.cdiv(self.n, tile.block_n), triton.cdiv(self.m, tile.block_m)
+        self.num_warps = tile.num_warps
+        self.arguments: dict[str, Any] = {
+            "bias_strides": None if bias is None else (bias.stride(0) if bias.shape[0] > 1 else 0, *bias.stride()[1:]),
+            "query_grid": (*query_map, *(-b for b in before)),
+            "key_grid": (*key_map, *(-b for b in key_before)),
+            "windows": tuple(grid),
+            "heads": self.heads,
+            "scale": scale,
+            "WINDOW": tuple(window_size),
+            "KEY_WINDOW": tuple(key_window),
+            "D": d,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_D": tile.block_d,
+            "DTYPE": tl.float64 if query.dtype == torch.float64 else tl.float32,
+            "CHANNELS_FIRST": query.stride(2) < query.stride(4),
+        }
+
+    def launch(
+        self,
+        kernel: Any,
+        programs_per_head: int,
+        tensors: dict[str, Tensor | None],
+        num_stages: int = 1,
+        **arguments: Any,
+    ) -> Launch:
+        """A launch on ``tensors`` of (B, H, W, heads, D), each of which becomes a pointer and its strides."""
+        pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+        strides = {f"{name}_strides": None if tensor is None else tensor.stride() for name, tensor in tensors.items()}
+        offset = offset_dtype([tensor for tensor in tensors.values() if tensor is not None])
+        return Launch(
+            kernel,
+            programs_per_head * self.heads,
+            pointers | strides | self.arguments | {"OFFSET": offset} | arguments,
+            num_warps=self.num_warps,
+            num_stages=num_stages,
+        )
+
+
+def _statistics_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -1,0 +1,177 @@
+"""The Triton kernels of window attention on a GPU, against a float64 loop over windows."""
+
+from __future__ import annotations
+
+import contextvars
+
+import pytest
+import torch
+from helpers import LAYOUTS, Case, Results, assert_results_close, exact, fused, make_inputs, plain
+from vitfast.kernels import window_attention as kernels
+
+import vitfast
+from vitfast.functional import window_attention, window_attention_qkvpacked
+from vitfast.ops.backend import choose
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; run by `make gpu-test`"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CASES = [
+    Case(size=(14, 14), shift=(3, 3)),
+    Case(size=(56, 56), shift=(3, 3), batch=4),
+    Case(size=(14, 14), shift=(3, 3), packed=True),
+    Case(size=(13, 9), shift=(2, 5), dim=16, packed=True),
+    Case(size=(13, 9), shift=(2, 5), dim=20, bias="shared"),
+    Case(size=(6, 3), window=(1, 1), dim=16),
+    Case(size=(8, 8), window=(4, 4), dim=64, bias="shared"),
+    Case(size=(14, 14), heads=6, dim=64, bias="shared"),
+    Case(size=(17, 15), window=(8, 8), shift=(4, 4), bias=None),
+    Case(size=(14, 14), dim=128),
+    Case(size=(19, 18), window=(9, 9), shift=(4, 1), dim=20),
+    Case(size=(2, 3), window=(9, 9), shift=(2, 3), dim=16),
+    Case(size=(24, 24), window=(12, 12), shift=(6, 6), packed=True),
+    Case(size=(24, 24), window=(12, 12), shift=(6, 6), bias="shared", dim=64),
+    Case(size=(8, 12), window=(4, 4), shift=(2, 2), ratio=(2, 2), dim=20, bias="shared"),
+    Case(size=(20, 10), window=(10, 10), shift=(4, 2), ratio=(2, 2)),
+    Case(size=(14, 14), scale=30.0),
+    Case(batch=0),
+    Case(size=(0, 7), bias="shared"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    """Forces the kernels, and keeps plain PyTorch, which the tolerance is taken from, at float32's full precision."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with vitfast.backend("triton"):
+        yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_cpu(results):
+    return type(results)(*(None if t is None else t.cpu() for t in results))
+
+
+def on_gpu(inputs):
+    return inputs.map(lambda t: t.cuda())
+
+
+def assert_fused_is_right(case, inputs):
+    """Holds the kernels to the tolerance rule, with plain PyTorch on the GPU for comparison."""
+    results, plain_results = fused(case, inputs), plain(case.but(packed=False), inputs)
+    assert_results_close(on_cpu(results), on_cpu(plain_results), exact(case, inputs.map(lambda t: t.cpu())))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case, dtype):
+    assert_fused_is_right(case, on_gpu(make_inputs(case, dtype)))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[10]], ids=str)
+def test_float64_is_computed_in_float64(case):
+    assert_fused_is_right(case, on_gpu(make_inputs(case, torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_bias_beside_lower_precision(dtype):
+    case = CASES[0]
+    inputs = on_gpu(make_inputs(case, dtype))
+    bias = inputs.bias.float().requires_grad_()
+    out = window_attention(*inputs[:3], bias, **case.options)
+    (grad,) = torch.autograd.grad(out, bias, inputs.grad)
+    assert out.dtype == dtype
+    assert grad.dtype == torch.float32
+    assert torch.equal(grad.to(dtype), fused(case, inputs).bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout, dtype):
+    case = Case(size=(10, 9), shift=(3, 0), heads=2)
+    inputs = on_gpu(make_inputs(case, dtype))
+    assert_fused_is_right(case, inputs.map(lambda t: LAYOUTS[layout](t) if t.dim() == 5 else t.mT.contiguous().mT))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [(7, 7), (12, 12)], ids=["one block", "several blocks"])
+def test_backward_writes_every_gradient_and_nothing_else(window, dtype):
+    case = Case(size=(13, 9), window=window, shift=(2, 5), dim=20)
+    inputs = on_gpu(make_inputs(case, dtype))
+    bias = inputs.bias.float()
+    options = case.window, case.shift, case.reference_options["scale"]
+    out, lse = kernels.forward(*inputs[:3], bias, *options, return_lse=True)
+    grads = [LAYOUTS["sliced_dim"](torch.full_like(t, torch.nan)) for t in inputs[:3]]
+    bias_grad = kernels.backward(inputs.grad, *inputs[:3], bias, lse, *grads, *options)
+    plain_results, exact_results = plain(case, inputs), exact(case, inputs.map(lambda t: t.cpu()))
+    results = Results(out, *grads, bias_grad.to(dtype))
+    assert_results_close(on_cpu(results), on_cpu(plain_results), exact_results)
+    for view in grads:
+        whole = torch.empty(0, dtype=dtype, device=view.device).set_(view.untyped_storage())
+        assert whole.isnan().sum() == whole.numel() - view.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(size=(56, 56), shift=(3, 3), batch=16),
+        Case(size=(56, 56), shift=(3, 3), batch=16, bias="shared", packed=True),
+        Case(size=(48, 48), window=(12, 12), shift=(6, 6), batch=8),
+    ],
+    ids=str,
+)
+def test_deterministic(case, dtype):
+    """The same bits in every run, at sizes that fill the GPU and where programs add up several windows."""
+    inputs = on_gpu(make_inputs(case, dtype))
+    first = fused(case, inputs)
+    for _ in range(3):
+        for one, other in zip(first, fused(case, inputs), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_packed_projection_gets_one_packed_gradient():
+    case = Case(size=(14, 14), shift=(3, 3))
+    inputs = on_gpu(make_inputs(case, torch.bfloat16))
+    projection = torch.stack(inputs[:3], dim=3).flatten(3).requires_grad_()
+    qkv = projection.unflatten(-1, (3, case.heads, case.dim))
+    window_attention_qkvpacked(qkv, inputs.bias, **case.options).backward(inputs.grad)
+    expected = torch.stack(fused(case.but(packed=True), inputs)[1:4], dim=3).flatten(3)
+    assert torch.equal(projection.grad, expected)
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["batch entries", "rows"])
+def test_more_than_2_to_31_elements_apart(far):
+    """Two batch entries, or two rows of one window, so far apart that an offset between them needs 64 bits."""
+    case = Case(size=(2, 2), window=(2, 2), heads=1, dim=16)
+    inputs = on_gpu(make_inputs(case, torch.bfloat16))
+    strides = list(inputs.query.stride())
+    strides[far] = 2**31
+    memory = torch.zeros(2**31 + inputs.query.numel(), dtype=torch.bfloat16, device="cuda")  # 4 GiB
+    query = memory.as_strided(inputs.query.shape, strides).copy_(inputs.query)
+    assert_fused_is_right(case, inputs._replace(query=query))
+
+
+def test_default_backend_of_a_gpu_is_triton():
+    """In a fresh context, where no backend is forced."""
+    choice = contextvars.Context().run(choose, "window_attention", ("cpu", "triton"), torch.device("cuda"))
+    assert choice == "triton"
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_hessian_vector_products_share_the_kernels(k):
+    """vmap over k tangents of the gradient: as k calls without vmap."""
+    case = Case(size=(8, 8), window=(4, 4), shift=(2, 2), heads=2, dim=16)
+    query, key, value, bias, grad = on_gpu(make_inputs(case, torch.float64))
+    gradient = torch.func.grad(lambda q: (window_attention(q, key, value, bias, **case.options) * grad).sum())
+
+    def product(tangent):
+        return torch.func.jvp(gradient, (query,), (tangent,))[1]
+
+    tangents = torch.randn(k, *query.shape, dtype=query.dtype, device=query.device)
+    one_by_one = torch.stack([product(tangent) for tangent in tangents])
+    torch.testing.assert_close(torch.func.vmap(product)(tangents), one_by_one)
