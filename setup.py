@@ -35,8 +35,9 @@ COMPILE = [
 ]
 LINK = ["-Wl,--as-needed", "-Wl,--no-undefined-version"]
 if os.environ.get("VITFAST_SANITIZE") == "1":
-    COMPILE += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1", "-fno-sanitize-recover=undefined"]
-    LINK += ["-fsanitize=address,undefined"]
+    SANITIZE = "-fsanitize=address,undefined"
+    COMPILE += [SANITIZE, "-fno-omit-frame-pointer", "-g", "-O1", "-fno-sanitize-recover=undefined"]
+    LINK += [SANITIZE]
 
 
 def quoted(text: str) -> str:

@@ -15,14 +15,28 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
+// The tasks of all heads and images, in an order that reads maps as they lie in memory.
+template <class Tasks>
+auto task_at(const Tasks& tasks, const WindowAttentionProblem& problem, int64_t index) {
+  if (problem.channels_last) {
+    const int64_t head = index % problem.heads, rest = index / problem.heads;
+    return tasks.task(rest / tasks.per_map(), head, rest % tasks.per_map());
+  }
+  const int64_t rest = index / tasks.per_map();
+  return tasks.task(rest / problem.heads, rest % problem.heads, index % tasks.per_map());
+}
+
 template <class Window>
 void forward_of(const WindowAttentionForward& call) {
-  const Walk<typename Window::T> walk(call.problem);
+  const WindowAttentionProblem& problem = call.problem;
+  const Walk<typename Window::T> walk(problem);
+  const typename Window::Tasks tasks(walk);
   const int64_t bytes = Window(call, walk, Arena()).bytes();
-  parallel_for(walk.items(), walk.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(problem.batch * problem.heads * tasks.per_map(), tasks.grain(), [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     Window compute(call, walk, Arena(scratch.data()));
-    for (int64_t i = begin; i < end; ++i) compute(walk.item(i), walk.item(std::min(i + 1, end - 1)));
+    const auto task = [&](int64_t i) { return task_at(tasks, problem, std::min(i, end - 1)); };
+    for (int64_t i = begin; i < end; ++i) compute(task(i), task(i + 1));
   });
 }
 
@@ -31,12 +45,14 @@ void backward_of(const WindowAttentionBackward& call) {
   using T = typename Window::T;
   const WindowAttentionProblem& problem = call.problem;
   const Walk<T> walk(problem);
+  const typename Window::Tasks tasks(walk);
   const int64_t bytes = Window(call, walk, Arena()).bytes();
   if (call.bias_grad == nullptr) {
-    parallel_for(walk.items(), walk.grain(), [&](int64_t begin, int64_t end) {
+    parallel_for(problem.batch * problem.heads * tasks.per_map(), tasks.grain(), [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);
       Window compute(call, walk, Arena(scratch.data()));
-      for (int64_t i = begin; i < end; ++i) compute(walk.item(i), walk.item(std::min(i + 1, end - 1)), nullptr);
+      const auto task = [&](int64_t i) { return task_at(tasks, problem, std::min(i, end - 1)); };
+      for (int64_t i = begin; i < end; ++i) compute(task(i), task(i + 1), nullptr);
     });
     return;
   }
@@ -44,13 +60,16 @@ void backward_of(const WindowAttentionBackward& call) {
   parallel_for(problem.heads * call.splits, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     Window compute(call, walk, Arena(scratch.data()));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / call.splits, split = task % call.splits, windows = problem.batch * walk.windows;
-      const int64_t first = windows * split / call.splits, last = windows * (split + 1) / call.splits - 1;
-      T* sum = static_cast<T*>(call.bias_grad) + task * bias_size;
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t head = run / call.splits, split = run % call.splits, count = problem.batch * tasks.per_map();
+      const int64_t first = count * split / call.splits, last = count * (split + 1) / call.splits - 1;
+      const auto task = [&](int64_t i) {
+        i = std::min(i, last);
+        return tasks.task(i / tasks.per_map(), head, i % tasks.per_map());
+      };
+      T* sum = static_cast<T*>(call.bias_grad) + run * bias_size;
       std::fill_n(sum, bias_size, T{0});
-      const auto item = [&](int64_t i) { return Item{i / walk.windows, head, i % walk.windows}; };
-      for (int64_t i = first; i <= last; ++i) compute(item(i), item(std::min(i + 1, last)), sum);
+      for (int64_t i = first; i <= last; ++i) compute(task(i), task(i + 1), sum);
     }
   });
 }

@@ -7,9 +7,12 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
+// Scores are computed and their softmax taken in blocks of rows, in the caches.
+inline constexpr int kBlockRows = tile_rows(kTileVectors) >= 8 ? 8 : 4;
+
 // One value for each row of a block, in whole vectors.
 template <class T>
-inline constexpr int kBlockValues = std::max(kTileRows, kLanes<T>);
+inline constexpr int kBlockValues = std::max(kBlockRows, kLanes<T>);
 
 template <class T>
 struct BlockValues {
@@ -19,10 +22,10 @@ struct BlockValues {
   T operator[](int64_t r) const { return data[r]; }
 };
 
-// Calls f(first row, rows) on blocks of at most kTileRows rows, cut evenly.
+// Calls f(first row, rows) on blocks of at most kBlockRows rows, cut evenly.
 template <class F>
 void for_each_block(int64_t rows, F f) {
-  const int64_t blocks = parts(rows, kTileRows);
+  const int64_t blocks = parts(rows, kBlockRows);
   for (int64_t block = 0, first = 0; block < blocks; ++block) {
     const int64_t height = (rows - first) / (blocks - block);
     f(first, height);
@@ -40,19 +43,19 @@ void for_each_vector(F f) {
 // One vector for each row of a block.
 template <class T>
 struct BlockVectors {
-  Vec<T> row[kTileRows];
+  Vec<T> row[kBlockRows];
 
   explicit BlockVectors(int64_t height) {
-    for (int64_t r = height; r < kTileRows; ++r) row[r] = Vec<T>{};
+    for (int64_t r = height; r < kBlockRows; ++r) row[r] = Vec<T>{};
   }
 };
 
 template <class T, class Combine>
 BlockValues<T> reduce_block(BlockVectors<T>& rows, Combine combine) {
-  constexpr int kAtOnce = std::min(kTileRows, kLanes<T>);
+  constexpr int kAtOnce = std::min(kBlockRows, kLanes<T>);
   BlockValues<T> result;
 #pragma GCC unroll 4
-  for (int r = 0; r < kTileRows; r += kAtOnce) store(result.data + r, reduce_rows<T, kAtOnce>(rows.row + r, combine));
+  for (int r = 0; r < kBlockRows; r += kAtOnce) store(result.data + r, reduce_rows<T, kAtOnce>(rows.row + r, combine));
   return result;
 }
 
@@ -190,56 +193,44 @@ void softmax_backward(const Matrix<T>& scores, const Matrix<T>& scores_grad, int
 template <class T>
 struct Walk {
   const WindowAttentionProblem& problem;
-  int64_t windows, window_columns;
+  int64_t window_rows, window_columns;
   int64_t most_queries, most_keys, padded_keys;  // in any one window
 
   explicit Walk(const WindowAttentionProblem& p)
       : problem(p),
-        windows(p.windows()),
+        window_rows(p.rows.windows()),
         window_columns(p.columns.windows()),
         most_queries(p.rows.most_queries() * p.columns.most_queries()),
         most_keys(most_queries / (p.rows.ratio * p.columns.ratio)),
         padded_keys(round_up(most_keys, kLanes<T>)) {}
 
-  Tokens queries(int64_t window) const {
-    return {problem.rows.queries(window / window_columns), problem.columns.queries(window % window_columns)};
+  // Of the window in a row and column of the grid of windows.
+  Tokens queries(int64_t row, int64_t column) const {
+    return {problem.rows.queries(row), problem.columns.queries(column)};
   }
-  Tokens keys(int64_t window) const {
-    return {problem.rows.keys(window / window_columns), problem.columns.keys(window % window_columns)};
-  }
+  Tokens keys(int64_t row, int64_t column) const { return {problem.rows.keys(row), problem.columns.keys(column)}; }
   // One value for each query of a window, from or to a map (B, heads, H, W).
-  void gather_statistics(const Item& item, const Tokens& tokens, const T* map, T* values) const {
+  void gather_statistics(int64_t batch, int64_t head, const Tokens& tokens, const T* map, T* values) const {
     const int64_t width = tokens.columns.size;
     for (int64_t y = 0; y < tokens.rows.size; ++y) {
-      std::copy_n(map + statistics(item, tokens, y), width, values + y * width);
+      std::copy_n(map + statistics(batch, head, tokens, y), width, values + y * width);
     }
   }
-  void scatter_statistics(const Item& item, const Tokens& tokens, const T* values, T* map) const {
+  void scatter_statistics(int64_t batch, int64_t head, const Tokens& tokens, const T* values, T* map) const {
     const int64_t width = tokens.columns.size;
     for (int64_t y = 0; y < tokens.rows.size; ++y) {
-      std::copy_n(values + y * width, width, map + statistics(item, tokens, y));
+      std::copy_n(values + y * width, width, map + statistics(batch, head, tokens, y));
     }
   }
-  // As many windows as make a task worth a thread.
+  // As many windows as are worth a thread.
   int64_t grain() const {
     constexpr int64_t kWorthwhile = 1 << 20;  // multiply-adds, some 20 microseconds
     return 1 + kWorthwhile / (2 * most_queries * most_keys * problem.dim);
   }
-  int64_t items() const { return problem.batch * problem.heads * windows; }
-  // One of all windows of all heads.
-  Item item(int64_t index) const {
-    if (problem.channels_last) {
-      const int64_t head = index % problem.heads, rest = index / problem.heads;
-      return {rest / windows, head, rest % windows};
-    }
-    const int64_t window = index % windows, rest = index / windows;
-    return {rest / problem.heads, rest % problem.heads, window};
-  }
-
  private:
   // Where the values of a window's row y begin.
-  int64_t statistics(const Item& item, const Tokens& tokens, int64_t y) const {
-    return ((item.batch * problem.heads + item.head) * problem.rows.size + tokens.rows.begin + y) * problem.columns.size +
+  int64_t statistics(int64_t batch, int64_t head, const Tokens& tokens, int64_t y) const {
+    return ((batch * problem.heads + head) * problem.rows.size + tokens.rows.begin + y) * problem.columns.size +
            tokens.columns.begin;
   }
 };
@@ -253,7 +244,7 @@ class WindowBias {
   WindowBias(const Walk<T>& walk, Arena& arena)
       : problem_(walk.problem),
         most_queries_(walk.most_queries),
-        copy_(arena.take<T>((problem_.bias == nullptr ? 1 : walk.most_queries) * walk.padded_keys + kLanes<T>)),
+        copy_(arena.take<T>(most_copied(walk) + kLanes<T>)),
         offset_(arena.take<int64_t>(walk.most_queries)),
         lone_(arena.take<T>(walk.most_queries + kBlockValues<T>)) {
     if (!arena.holds_memory()) return;
@@ -275,7 +266,7 @@ class WindowBias {
     }
     const int64_t size = problem_.queries() * window_keys_;
     const T* bias = static_cast<const T*>(problem_.bias) + (problem_.bias_shared ? 0 : head * size);
-    const bool in_place = queries.count() == problem_.queries() && columns.width() <= columns.count;
+    const bool in_place = used_in_place(queries.count(), columns);
     data_ = in_place ? bias : copy_;
     const int64_t stride = in_place ? window_keys_ : round_up(columns.count, kLanes<T>);
     if (stride != stride_) {
@@ -312,6 +303,28 @@ class WindowBias {
   }
 
  private:
+  bool used_in_place(int64_t queries, const Columns<T>& columns) const {
+    return queries == problem_.queries() && columns.width() <= columns.count;
+  }
+
+  // The most values that the copy for any window has.
+  int64_t most_copied(const Walk<T>& walk) const {
+    if (problem_.bias == nullptr) return walk.padded_keys;
+    int64_t most = 0;
+    for (const int64_t y : kinds(problem_.rows)) {
+      for (const int64_t x : kinds(problem_.columns)) {
+        const int64_t queries = problem_.rows.queries(y).size * problem_.columns.queries(x).size;
+        const Columns<T> columns(problem_.rows.keys(y).size * problem_.columns.keys(x).size);
+        if (!used_in_place(queries, columns)) most = std::max(most, queries * round_up(columns.count, kLanes<T>));
+      }
+    }
+    return most;
+  }
+  // Windows of every size along an axis: only the first and the last can differ from the others.
+  static std::array<int64_t, 3> kinds(const Axis& axis) {
+    return {0, std::min<int64_t>(1, axis.windows() - 1), axis.windows() - 1};
+  }
+
   // The row, in the bias of a full window, of the query in row y and column x of this one.
   int64_t place(int64_t y, int64_t x) const {
     return ((queries_->rows.local + y) * problem_.columns.window + queries_->columns.local + x) * window_keys_;

@@ -10,10 +10,25 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
+// Single windows, as tasks.
+template <class T>
+class WindowTasks {
+ public:
+  explicit WindowTasks(const Walk<T>& walk) : columns_(walk.window_columns), count_(walk.window_rows * columns_), grain_(walk.grain()) {}
+
+  int64_t per_map() const { return count_; }
+  int64_t grain() const { return grain_; }
+  Item task(int64_t batch, int64_t head, int64_t index) const { return {batch, head, index / columns_, index % columns_}; }
+
+ private:
+  int64_t columns_, count_, grain_;
+};
+
 template <class S>
 class ForwardTokens {
  public:
   using T = Compute<S>;
+  using Tasks = WindowTasks<T>;
 
   ForwardTokens(const WindowAttentionForward& call, const Walk<T>& walk, Arena arena)
       : walk_(walk),
@@ -24,18 +39,17 @@ class ForwardTokens {
         out_(call.out, walk.problem.dim, walk.most_queries, arena),
         bias_(walk, arena),
         key_transposed_(walk.problem.dim, walk.padded_keys, arena),
-        scores_(kTileRows, walk.padded_keys, arena),
+        scores_(kBlockRows, walk.padded_keys, arena),
         lone_key_(arena.take<T>(round_up(walk.problem.dim, kLanes<T>))),
         window_lse_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
-        bytes_(arena.used()) {
-    std::fill_n(scale_, kTileRows, static_cast<T>(walk.problem.scale));
-  }
+        scale_(static_cast<T>(walk.problem.scale)),
+        bytes_(arena.used()) {}
 
   int64_t bytes() const { return bytes_; }
 
   // Meanwhile it prefetches what `next` will need.
   void operator()(const Item& item, const Item& next) {
-    const Tokens queries = walk_.queries(item.window), keys = walk_.keys(item.window);
+    const Tokens queries = walk_.queries(item.row, item.column), keys = walk_.keys(item.row, item.column);
     const Columns<T> columns(keys.count());
     const int64_t dim = walk_.problem.dim;
     query_.select(item, queries);
@@ -43,9 +57,9 @@ class ForwardTokens {
     value_.select(item, keys);
     out_.select(item, queries);
     bias_.select(item.head, queries, keys);
-    Prefetch prefetch_query = query_.prefetch(next, walk_.queries(next.window)),
-                prefetch_key = key_.prefetch(next, walk_.keys(next.window)),
-                prefetch_value = value_.prefetch(next, walk_.keys(next.window));
+    Prefetch prefetch_query = query_.prefetch(next, walk_.queries(next.row, next.column)),
+                prefetch_key = key_.prefetch(next, walk_.keys(next.row, next.column)),
+                prefetch_value = value_.prefetch(next, walk_.keys(next.row, next.column));
     key_transposed_.set_columns(columns.width());
     scores_.set_columns(round_up(columns.count, kLanes<T>));
     query_.gather();
@@ -54,12 +68,13 @@ class ForwardTokens {
     if (columns.lone) key_.gather_last(lone_key_);
 
     for_each_block(queries.count(), [&](int64_t first, int64_t height) {
-      gemm_rows<T>(height, columns.vectors,
-                   {dim, query_.rows(), first, key_transposed_.rows(), scores_.rows(), 0, scale_, bias_.rows(), first});
+      gemm<T>(height, columns.vectors,
+                   {dim, query_.rows(), first, key_transposed_.rows(), scores_.rows(), 0, scale_, nullptr,
+                    bias_.rows(), first});
       BlockValues<T> lone;
       if (columns.lone) {
         lone = row_dots<T>(query_.rows(), first, height, dim, lone_key_);
-        add_bias(lone, scale_[0], bias_.lone() + first);
+        add_bias(lone, scale_, bias_.lone() + first);
       }
       const SoftmaxStatistics<T> statistics = exponentiate(scores_, 0, height, columns, lone);
       BlockValues<T> factor;
@@ -71,11 +86,11 @@ class ForwardTokens {
         }
       });
       for (Prefetch* prefetch : {&prefetch_query, &prefetch_key, &prefetch_value}) prefetch->advance(first + height, queries.count());
-      gemm_rows<T>(height, parts(dim, kLanes<T>),
-                   {columns.count, scores_.rows(), 0, value_.rows(), out_.rows(), first, factor.data});
+      gemm<T>(height, parts(dim, kLanes<T>),
+                   {columns.count, scores_.rows(), 0, value_.rows(), out_.rows(), first, T{1}, factor.data});
     });
     out_.scatter();
-    if (lse_ != nullptr) walk_.scatter_statistics(item, queries, window_lse_, lse_);
+    if (lse_ != nullptr) walk_.scatter_statistics(item.batch, item.head, queries, window_lse_, lse_);
   }
 
  private:
@@ -84,10 +99,10 @@ class ForwardTokens {
   TokenRows<S> query_, key_, value_, out_;
   WindowBias<T> bias_;
   Matrix<T> key_transposed_;  // [D][keys but the lone one]
-  Matrix<T> scores_;          // [kTileRows][keys]
+  Matrix<T> scores_;          // [kBlockRows][keys]
   T* lone_key_;               // [D]
   T* window_lse_;             // [queries]
-  T scale_[kTileRows];
+  T scale_;
   int64_t bytes_;
 };
 
@@ -95,6 +110,7 @@ template <class S>
 class BackwardTokens {
  public:
   using T = Compute<S>;
+  using Tasks = WindowTasks<T>;
 
   BackwardTokens(const WindowAttentionBackward& call, const Walk<T>& walk, Arena arena)
       : walk_(walk),
@@ -115,9 +131,8 @@ class BackwardTokens {
         lone_value_(arena.take<T>(round_up(walk.problem.dim, kLanes<T>))),
         window_lse_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
         key_offset_(arena.take<int64_t>(walk.most_keys)),
+        scale_(static_cast<T>(walk.problem.scale)),
         bytes_(arena.used()) {
-    std::fill_n(scale_, kTileRows, static_cast<T>(walk.problem.scale));
-    std::fill_n(one_, kTileRows, T{1});
     if (arena.holds_memory()) {
       std::iota(key_offset_, key_offset_ + walk.most_keys, int64_t{0});
       std::fill_n(window_lse_, walk.most_queries + kBlockValues<T>, T{0});
@@ -128,7 +143,7 @@ class BackwardTokens {
 
   // bias_sum, if not null, is what the gradients of the scores are added to.
   void operator()(const Item& item, const Item& next, T* bias_sum) {
-    const Tokens queries = walk_.queries(item.window), keys = walk_.keys(item.window);
+    const Tokens queries = walk_.queries(item.row, item.column), keys = walk_.keys(item.row, item.column);
     const int64_t n = queries.count(), m = keys.count();
     const Columns<T> columns(m);
     const int64_t dim = walk_.problem.dim, dim_vectors = parts(dim, kLanes<T>);
@@ -137,7 +152,7 @@ class BackwardTokens {
     for (Matrix<T>* matrix : {&key_transposed_, &value_transposed_}) matrix->set_columns(columns.width());
     for (Matrix<T>* matrix : {&probabilities_, &scores_grad_}) matrix->set_columns(round_up(m, kLanes<T>));
     bias_.select(item.head, queries, keys);
-    const Tokens next_queries = walk_.queries(next.window), next_keys = walk_.keys(next.window);
+    const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
     Prefetch prefetch[] = {grad_.prefetch(next, next_queries), query_.prefetch(next, next_queries),
                               key_.prefetch(next, next_keys), value_.prefetch(next, next_keys)};
     grad_.gather();
@@ -149,32 +164,28 @@ class BackwardTokens {
       key_.gather_last(lone_key_);
       value_.gather_last(lone_value_);
     }
-    walk_.gather_statistics(item, queries, lse_, window_lse_);
+    walk_.gather_statistics(item.batch, item.head, queries, lse_, window_lse_);
 
     for_each_block(n, [&](int64_t first, int64_t height) {
-      gemm_rows<T>(height, columns.vectors,
+      gemm<T>(height, columns.vectors,
                    {dim, query_.rows(), first, key_transposed_.rows(), probabilities_.rows(), first, scale_,
-                    bias_.rows(), first});
-      gemm_rows<T>(height, columns.vectors,
-                   {dim, grad_.rows(), first, value_transposed_.rows(), scores_grad_.rows(), first, one_});
+                    nullptr, bias_.rows(), first});
+      gemm<T>(height, columns.vectors,
+                   {dim, grad_.rows(), first, value_transposed_.rows(), scores_grad_.rows(), first, T{1}});
       BlockValues<T> lone, lone_grad, lse;
       if (columns.lone) {
         lone = row_dots<T>(query_.rows(), first, height, dim, lone_key_);
-        add_bias(lone, scale_[0], bias_.lone() + first);
+        add_bias(lone, scale_, bias_.lone() + first);
         lone_grad = row_dots<T>(grad_.rows(), first, height, dim, lone_value_);
       }
       for_each_vector<T>([&](int i) { store(lse.data + i, load(window_lse_ + first + i)); });
       softmax_backward(probabilities_, scores_grad_, first, height, columns, lse, lone, lone_grad);
       if (bias_sum != nullptr) bias_.add_grad(bias_sum, scores_grad_, first, height);
       for (Prefetch& operand : prefetch) operand.advance(first + height, n);
-      gemm_rows<T>(height, dim_vectors, {m, scores_grad_.rows(), first, key_.rows(), grad_query_.rows(), first, scale_});
     });
-    for_each_block(m, [&](int64_t first, int64_t height) {
-      gemm_rows<T>(height, dim_vectors,
-                   {n, transposed(scores_grad_), first, query_.rows(), grad_key_.rows(), first, scale_});
-      gemm_rows<T>(height, dim_vectors,
-                   {n, transposed(probabilities_), first, grad_.rows(), grad_value_.rows(), first, one_});
-    });
+    gemm<T>(n, dim_vectors, {m, scores_grad_.rows(), 0, key_.rows(), grad_query_.rows(), 0, scale_});
+    gemm<T>(m, dim_vectors, {n, transposed(scores_grad_), 0, query_.rows(), grad_key_.rows(), 0, scale_});
+    gemm<T>(m, dim_vectors, {n, transposed(probabilities_), 0, grad_.rows(), grad_value_.rows(), 0, T{1}});
     grad_query_.scatter();
     grad_key_.scatter();
     grad_value_.scatter();
@@ -192,7 +203,7 @@ class BackwardTokens {
   T *lone_key_, *lone_value_;                    // [D]
   T* window_lse_;                                // [queries]
   int64_t* key_offset_;                          // 0, 1, 2, ...
-  T scale_[kTileRows], one_[kTileRows];
+  T scale_;
   int64_t bytes_;
 };
 

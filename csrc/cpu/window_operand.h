@@ -16,7 +16,8 @@ struct Tokens {
 
 // A window of one head and image.
 struct Item {
-  int64_t batch, head, window;
+  int64_t batch, head;
+  int64_t row, column;  // in the grid of windows
 };
 
 // Tokens as columns of a matrix, cut into vectors.
@@ -104,14 +105,15 @@ class Prefetch {
         count_(rows * columns),
         bytes_(bytes) {}
 
-  // Goes on until the share done / all of the runs is fetched.
+  // Goes on until the share done / all of the runs is fetched, into the caches from level kLevel on.
+  template <int kLevel = 1>
   void advance(int64_t done, int64_t all) {
     const int64_t until = count_ * done / all;
     int64_t x = x_, y = y_;
     for (int64_t i = next_; i < until; ++i) {
       const uintptr_t run = data_ + y * row_stride_ + x * column_stride_, end = run + bytes_;
       for (uintptr_t line = run & ~uintptr_t{kCacheLine - 1}; line < end; line += kCacheLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(line));
+        __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 4 - kLevel);
       }
       if (++x == columns_) x = 0, ++y;
     }
@@ -127,8 +129,8 @@ class Prefetch {
 };
 
 template <class S>
-S* first_element(const MapView& view, const Item& item, const Tokens& tokens) {
-  return static_cast<S*>(view.data) + item.batch * view.stride[0] + item.head * view.stride[3] +
+S* first_element(const MapView& view, int64_t batch, int64_t head, const Tokens& tokens) {
+  return static_cast<S*>(view.data) + batch * view.stride[0] + head * view.stride[3] +
          tokens.rows.begin * view.stride[1] + tokens.columns.begin * view.stride[2];
 }
 
@@ -152,7 +154,7 @@ class TokenRows {
 
   // Turns to the tokens of another window, head and image. `tokens` must stay until the next call.
   void select(const Item& item, const Tokens& tokens) {
-    data_ = first_element<S>(view_, item, tokens);
+    data_ = first_element<S>(view_, item.batch, item.head, tokens);
     tokens_ = &tokens;
     if (tokens.rows.size == table_rows_ && tokens.columns.size == table_columns_) return;
     table_rows_ = tokens.rows.size;
@@ -168,7 +170,7 @@ class TokenRows {
   // Of the tokens of an item; of no use to a map whose elements lie apart.
   Prefetch prefetch(const Item& item, const Tokens& tokens) const {
     constexpr int64_t size = sizeof(S);
-    return {first_element<S>(view_, item, tokens), view_.stride[1] * size, view_.stride[2] * size, tokens.rows.size,
+    return {first_element<S>(view_, item.batch, item.head, tokens), view_.stride[1] * size, view_.stride[2] * size, tokens.rows.size,
             tokens.columns.size, view_.stride[4] == 1 ? dim_ * size : 0};
   }
 
@@ -236,67 +238,156 @@ class TokenRows {
   int64_t table_rows_ = 0, table_columns_ = 0;  // of the window that offset_ was made for
 };
 
-// Copies `bytes` adjacent bytes, kPiece <= bytes <= 2 kPiece, as two pieces that may overlap.
-template <int kPiece>
-struct ShortCopy {
-  int64_t bytes;
-
-  void operator()(void* dst, const void* src) const {
-    char first[kPiece], last[kPiece];
-    std::memcpy(first, src, kPiece);
-    std::memcpy(last, static_cast<const char*>(src) + bytes - kPiece, kPiece);
-    std::memcpy(dst, first, kPiece);
-    std::memcpy(static_cast<char*>(dst) + bytes - kPiece, last, kPiece);
+// Rows of a window, `width` values wide, moved between a map, where rows are `stride` apart, and a plane of a copy, where
+// they are adjacent. Rows are short, and masked accesses cost more than the work: these move a row of a certain length in
+// bytes, in pieces that may overlap.
+template <class T, int kPiece>  // kPiece <= bytes <= 2 kPiece
+struct MoveRows {
+  static bool fits(int64_t width, int64_t) {
+    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+    return kPiece <= bytes && bytes <= 2 * kPiece;
+  }
+  static void move(T* dst, const T* src, int64_t width) {
+    const int64_t second = width - kPiece / static_cast<int64_t>(sizeof(T));
+    char first_piece[kPiece], second_piece[kPiece];
+    std::memcpy(first_piece, src, kPiece);
+    std::memcpy(second_piece, src + second, kPiece);
+    std::memcpy(dst, first_piece, kPiece);
+    std::memcpy(dst + second, second_piece, kPiece);
+  }
+  static void gather(T* plane, const T* map, int64_t stride, int64_t height, int64_t width) {
+    for (int64_t y = 0; y < height; ++y, plane += width, map += stride) move(plane, map, width);
+  }
+  static void scatter(const T* plane, T* map, int64_t stride, int64_t height, int64_t width) {
+    for (int64_t y = 0; y < height; ++y, plane += width, map += stride) move(map, plane, width);
   }
 };
 
-// Calls f with the function that copies `count` adjacent values fastest: rows of windows are short, and masks cost more.
-// False if there is none, because the values must be converted or are too many.
-template <class To, class From, class F>
-bool with_short_copy(int64_t count, F f) {
-  if constexpr (std::is_same_v<To, From>) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(To));
-    if (bytes < 4 || bytes > 128) return false;
-    if (bytes >= 64) return f(ShortCopy<64>{bytes}), true;
-    if (bytes >= 32) return f(ShortCopy<32>{bytes}), true;
-    if (bytes >= 16) return f(ShortCopy<16>{bytes}), true;
-    if (bytes >= 8) return f(ShortCopy<8>{bytes}), true;
-    return f(ShortCopy<4>{bytes}), true;
+#if VITFAST_VECTOR_BYTES == 64
+// Four rows of 16 bytes: one vector of the plane.
+template <class T>
+struct MoveSquare {
+  static bool fits(int64_t width, int64_t height) { return width * sizeof(T) == 16 && height == 4; }
+  static void gather(T* plane, const T* map, int64_t stride, int64_t, int64_t) {
+    const auto row = [&](int y) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(map + y * stride)); };
+    __m512i x = _mm512_castsi128_si512(row(0));
+    x = _mm512_inserti32x4(x, row(1), 1);
+    x = _mm512_inserti32x4(x, row(2), 2);
+    x = _mm512_inserti32x4(x, row(3), 3);
+    _mm512_storeu_si512(plane, x);
   }
-  return false;
+  static void scatter(const T* plane, T* map, int64_t stride, int64_t, int64_t) {
+    const auto row = [&](int y) { return reinterpret_cast<__m128i*>(map + y * stride); };
+    const __m512i x = _mm512_loadu_si512(plane);
+    _mm_storeu_si128(row(0), _mm512_castsi512_si128(x));
+    _mm_storeu_si128(row(1), _mm512_extracti32x4_epi32(x, 1));
+    _mm_storeu_si128(row(2), _mm512_extracti32x4_epi32(x, 2));
+    _mm_storeu_si128(row(3), _mm512_extracti32x4_epi32(x, 3));
+  }
+};
+#endif
+
+// Rows of any length and storage type, their elements `step` apart. A gather of adjacent elements stores whole vectors;
+// what is too much is overwritten by the next row, or the next plane.
+template <class S>
+struct MoveAnyRows {
+  using T = Compute<S>;
+  int64_t step;
+
+  void gather(T* plane, const S* map, int64_t stride, int64_t height, int64_t width) const {
+    for (int64_t y = 0; y < height; ++y, plane += width, map += stride) {
+      if (step == 1) {
+        for (int64_t x = 0; x < width; x += kLanes<T>) store(plane + x, load_as_compute_up_to(map + x, width - x));
+      } else {
+        for (int64_t x = 0; x < width; ++x) plane[x] = static_cast<T>(map[x * step]);
+      }
+    }
+  }
+  void scatter(const T* plane, S* map, int64_t stride, int64_t height, int64_t width) const {
+    for (int64_t y = 0; y < height; ++y, plane += width, map += stride) {
+      if (step == 1) {
+        for (int64_t x = 0; x < width; x += kLanes<T>) store_as_storage_up_to(map + x, load(plane + x), width - x);
+      } else {
+        for (int64_t x = 0; x < width; ++x) map[x * step] = static_cast<S>(plane[x]);
+      }
+    }
+  }
+};
+
+// Calls f with the way of moving rows that fits.
+template <class S, class F>
+void with_mover(int64_t width, int64_t height, int64_t step, F f) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (step == 1) {
+#if VITFAST_VECTOR_BYTES == 64
+      if (MoveSquare<S>::fits(width, height)) return f(MoveSquare<S>());
+#endif
+      if (MoveRows<S, 64>::fits(width, height)) return f(MoveRows<S, 64>());
+      if (MoveRows<S, 32>::fits(width, height)) return f(MoveRows<S, 32>());
+      if (MoveRows<S, 16>::fits(width, height)) return f(MoveRows<S, 16>());
+      if (MoveRows<S, 8>::fits(width, height)) return f(MoveRows<S, 8>());
+    }
+  }
+  f(MoveAnyRows<S>{step});
 }
 
-// One map's part in the current window and head, its channels as planes, [D][count].
+// Windows of one head and image that lie side by side and are of one size.
+struct Strip {
+  int64_t batch, head;
+  int64_t row, column;  // of the first window, in the grid of windows
+  int64_t windows;      // how many
+};
+
+// One map's part in the current strip, its channels as planes, [D][count] for every window.
 //
 // They are used where they lie if a plane's tokens are adjacent, of the computing dtype, and fill whole vectors but for a
-// lone token: then the window is as wide as the map. Otherwise `gather` copies them and `scatter` puts them back.
+// lone token: then the window is as wide as the map. Otherwise `gather` copies them and `scatter` puts them back, all
+// windows of a strip together, because a plane of a strip is adjacent in memory and a plane of a window is not.
 template <class S>
 class TokenPlanes {
  public:
   using T = Compute<S>;
 
-  TokenPlanes(const MapView& view, int64_t dim, int64_t most_tokens, Arena& arena)
+  TokenPlanes(const MapView& view, int64_t dim, int64_t most_tokens, int64_t most_windows, Arena& arena)
       : view_(view),
         dim_(dim),
         copy_stride_(round_up(most_tokens, kLanes<T>)),
         offset_(arena.take<int64_t>(dim)),
         index_(arena.take<int64_t>(most_tokens)),
-        copy_(arena.take<T>(dim * copy_stride_ + kLanes<T>)) {
+        copy_(arena.take<T>(most_windows * window_size())) {
     if (!arena.holds_memory()) return;
     for (int64_t d = 0; d < dim; ++d) offset_[d] = d * copy_stride_;
     std::iota(index_, index_ + most_tokens, int64_t{0});
   }
 
-  // Turns to the tokens of another window, head and image. `tokens` must stay until the next call.
-  void select(const Item& item, const Tokens& tokens) {
-    data_ = first_element<S>(view_, item, tokens);
-    tokens_ = &tokens;
+  // Turns to the first window, with these tokens, of another strip.
+  void select(const Strip& strip, const Tokens& tokens) {
+    windows_ = strip.windows;
+    tokens_ = tokens;
+    window_ = 0;
+    map_ = first_element<S>(view_, strip.batch, strip.head, tokens);
     const bool adjacent = view_.stride[2] == 1 && (tokens.rows.size == 1 || view_.stride[1] == tokens.columns.size);
     const Columns<T> columns(tokens.count());
-    const bool in_place = std::is_same_v<S, T> && adjacent && columns.width() <= columns.count;
+    const bool in_place = std::is_same_v<S, T> && strip.windows == 1 && adjacent && columns.width() <= columns.count;
     if (in_place == in_place_) return;
     in_place_ = in_place;
     for (int64_t d = 0; d < dim_; ++d) offset_[d] = d * stride();
+  }
+  void select_window(int64_t window) { window_ = window; }
+
+  // Of a strip whose first window has these tokens.
+  Prefetch prefetch(const Strip& strip, const Tokens& tokens) const {
+    constexpr int64_t size = sizeof(S);
+    if (in_place_) return {nullptr, 0, 0, 0, 0, 0};  // the next strip is adjacent: processors foresee that
+    const S* data = first_element<S>(view_, strip.batch, strip.head, tokens);
+    const int64_t rows = tokens.rows.size, row = (strip.windows * tokens.columns.size - 1) * view_.stride[2] + 1;
+    const bool adjacent = view_.stride[1] == row;
+    return {data,
+            view_.stride[4] * size,
+            view_.stride[1] * size,
+            dim_,
+            adjacent ? 1 : rows,
+            (adjacent ? rows * row : row) * size};
   }
 
   // The planes, [D][count], after `gather` or before `scatter`.
@@ -306,67 +397,57 @@ class TokenPlanes {
 
   void gather() {
     if (in_place_) return;
-    const int64_t width = tokens_->columns.size, step = view_.stride[2];
-    const auto copy_with = [&](auto copy_row) {
-      for (int64_t d = 0; d < dim_; ++d) {
-        T* plane = copy_ + d * copy_stride_;
-        const S* row = data_ + d * view_.stride[4];
-        for (int64_t y = 0; y < tokens_->rows.size; ++y, plane += width, row += view_.stride[1]) copy_row(plane, row);
-        // Columns without a token must be finite. The next plane overwrites what is too much.
-        if (plane < copy_ + (d + 1) * copy_stride_) store(plane, Vec<T>{});
-      }
-    };
-    if (step != 1) {
-      copy_with([=](T* plane, const S* row) {
-        for (int64_t x = 0; x < width; ++x) plane[x] = static_cast<T>(row[x * step]);
-      });
-    } else if (!with_short_copy<T, S>(width, copy_with)) {
-      copy_with([=](T* plane, const S* row) {
-        for (int64_t x = 0; x < width; x += kLanes<T>) store(plane + x, load_as_compute_up_to(row + x, width - x));
-      });
-    }
+    const int64_t count = tokens_.count(), most = copy_stride_;
+    for_each_plane([count, most](auto mover, T* plane, const S* map, int64_t stride, int64_t height, int64_t width) {
+      mover.gather(plane, map, stride, height, width);
+      // Columns without a token must be finite. The next plane overwrites what is too much.
+      if (count < most) store(plane + count, Vec<T>{});
+    });
   }
 
   void scatter() {
     if (in_place_) return;
-    const int64_t width = tokens_->columns.size, step = view_.stride[2];
-    const auto copy_with = [&](auto copy_row) {
-      for (int64_t d = 0; d < dim_; ++d) {
-        const T* plane = copy_ + d * copy_stride_;
-        S* row = data_ + d * view_.stride[4];
-        for (int64_t y = 0; y < tokens_->rows.size; ++y, plane += width, row += view_.stride[1]) copy_row(row, plane);
-      }
-    };
-    if (step != 1) {
-      copy_with([=](S* row, const T* plane) {
-        for (int64_t x = 0; x < width; ++x) row[x * step] = static_cast<S>(plane[x]);
-      });
-    } else if (!with_short_copy<S, T>(width, copy_with)) {
-      copy_with([=](S* row, const T* plane) {
-        for (int64_t x = 0; x < width; x += kLanes<T>) {
-          store_as_storage_up_to(row + x, load(plane + x), width - x);
-        }
-      });
-    }
+    for_each_plane([](auto mover, const T* plane, S* map, int64_t stride, int64_t height, int64_t width) {
+      mover.scatter(plane, map, stride, height, width);
+    });
   }
 
  private:
+  // Calls f(mover, plane of the copy, its place in the map, ...) for every plane of all windows, in the map's order.
+  template <class F>
+  void for_each_plane(F f) const {
+    const int64_t height = tokens_.rows.size, width = tokens_.columns.size, windows = windows_;
+    const int64_t size = window_size(), plane_stride = copy_stride_;
+    const int64_t channel = view_.stride[4], row = view_.stride[1], column = view_.stride[2], dim = dim_;
+    T* const copy = copy_;
+    S* const map = map_;
+    with_mover<S>(width, height, column, [=](auto mover) {
+      for (int64_t d = 0; d < dim; ++d) {
+        for (int64_t w = 0; w < windows; ++w) {
+          f(mover, copy + w * size + d * plane_stride, map + d * channel + w * width * column, row, height, width);
+        }
+      }
+    });
+  }
+
   T* data() const {
     if constexpr (std::is_same_v<S, T>) {
-      if (in_place_) return data_;
+      if (in_place_) return map_;
     }
-    return copy_;
+    return copy_ + window_ * window_size();
   }
   int64_t stride() const { return in_place_ ? view_.stride[4] : copy_stride_; }
+  int64_t window_size() const { return dim_ * copy_stride_ + kLanes<T>; }  // with room for what is stored too much
 
   MapView view_;
   int64_t dim_, copy_stride_;
   int64_t* offset_;  // of the planes
   int64_t* index_;   // 0, 1, 2, ...
-  T* copy_;          // [D][copy_stride]
+  T* copy_;          // [windows][D][copy_stride]
   bool in_place_ = false;
-  S* data_ = nullptr;  // the window's first element
-  const Tokens* tokens_ = nullptr;
+  S* map_ = nullptr;  // the strip's first element
+  Tokens tokens_{};   // of the first window
+  int64_t windows_ = 0, window_ = 0;
 };
 
 }  // namespace vitfast::cpu::VITFAST_ISA

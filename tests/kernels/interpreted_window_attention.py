@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import LAYOUTS, Case, assert_results_close, exact, expected, fused, make_inputs, plain
-from vitfast.kernels import window_attention as kernels
 
 import vitfast
 from vitfast import reference
+from vitfast.kernels import window_attention as kernels
 
 CASES = [
     Case(size=(3, 2), window=(1, 1), heads=2, dim=16),

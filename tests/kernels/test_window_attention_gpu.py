@@ -7,10 +7,10 @@ import contextvars
 import pytest
 import torch
 from helpers import LAYOUTS, Case, Results, assert_results_close, exact, fused, make_inputs, plain
-from vitfast.kernels import window_attention as kernels
 
 import vitfast
 from vitfast.functional import window_attention, window_attention_qkvpacked
+from vitfast.kernels import window_attention as kernels
 from vitfast.ops.backend import choose
 
 pytestmark = [

@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["MIN_SAMPLE_SECONDS", "WARM_UP_CALLS", "CpuTimer", "CudaTimer", "interleave", "make_timer", "quantile"]
 
-MIN_SAMPLE_SECONDS = 2e-3
+MIN_SAMPLE_SECONDS = 20e-3
 WARM_UP_CALLS = 2
 
 _FLUSH_BYTES = 2**30

@@ -72,8 +72,12 @@ def window_attention(
 
 
 def _may_be_differentiated(tensors: tuple[Tensor, ...]) -> bool:
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or _forward_ad_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad_active()
 
 
 def _forward_ad_active() -> bool:
@@ -151,6 +155,7 @@ class WindowAttention(torch.autograd.Function):
         spec, bias, *qkv = inputs
         _, lse = output
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # a gradient of lse would be a tensor of zeros
         ctx.spec = spec
         ctx.save_for_backward(bias, lse, *qkv)
         ctx.save_for_forward(bias, lse, *qkv)
@@ -158,10 +163,15 @@ class WindowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         bias, lse, *qkv = ctx.saved_tensors
+        if grad is None:
+            return None, None, *(None for _ in qkv)
         if _forward_ad_is_nested():
             *qkv_grad, bias_grad = reference.window_attention_backward(grad, *_unpack(qkv), bias, **ctx.spec.options)
             return None, bias_grad, *_repack(len(qkv) == 1, *qkv_grad)
-        grads = WindowAttentionBackward.apply(ctx.spec, bias, lse, grad, *qkv)
+        if torch.is_grad_enabled() or _is_transformed():
+            grads = WindowAttentionBackward.apply(ctx.spec, bias, lse, grad, *qkv)
+        else:
+            grads = _backward(ctx.spec, bias, lse, grad, qkv)
         return None, (None if bias is None else grads[-1]), *grads[: len(qkv)]
 
     @staticmethod
