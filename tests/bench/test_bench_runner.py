@@ -9,7 +9,7 @@ from vitfast import bench
 from vitfast.bench import memory, runner, table
 from vitfast.bench.case import FORWARD, FORWARD_BACKWARD, OURS, Case, Variant, Workload
 from vitfast.bench.rates import Rates
-from vitfast.bench.timing import CpuTimer, interleave, quantile
+from vitfast.bench.timing import MIN_SAMPLE_SECONDS, CpuTimer, interleave, quantile
 from vitfast.bench.window_attention import Layer, make_workload
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_rounds_are_interleaved_and_begin_with_each_in_turn():
 
 
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():
-    timer = LoggingTimer({"short": 1e-4, "long": 1.0})
+    timer = LoggingTimer({"short": MIN_SAMPLE_SECONDS / 20, "long": 1.0})
     interleave({name: (lambda name=name: name) for name in ("short", "long")}, timer, rounds=1)
     assert timer.log[2:] == [("short", 20), ("long", 1)]
 
