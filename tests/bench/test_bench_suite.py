@@ -12,7 +12,7 @@ def test_pytest_benchmark_groups_by_case_and_records_the_work(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "alternet_4x4_stage4/forward- and not compile", f"--benchmark-json={path}"]
     command += ["--benchmark-min-rounds=1", "--benchmark-max-time=0", "--benchmark-warmup=off"]
-    # pytest-benchmark measures nothing where it finds pytest-xdist's variables, which may be those of this test's process
+    # pytest-benchmark measures nothing where it finds the variables of pytest-xdist, in which this test may run
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
