@@ -38,6 +38,8 @@ if os.environ.get("VITFAST_SANITIZE") == "1":
     SANITIZE = "-fsanitize=address,undefined"
     COMPILE += [SANITIZE, "-fno-omit-frame-pointer", "-g", "-O1", "-fno-sanitize-recover=undefined"]
     LINK += [SANITIZE]
+else:
+    COMPILE += ["-g0"]  # Python's own flags ask for debug information, ten times the size of the library
 
 
 def quoted(text: str) -> str:
