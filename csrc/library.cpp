@@ -1,14 +1,23 @@
-// Every operator's schema, and its CPU implementation. Fakes, autograd and the Triton implementations are registered from
-// Python, in vitfast/ops.
+// Every operator's schema, and its CPU implementation. Fakes, autograd and the Triton implementations are registered
+// from Python, in vitfast/ops.
 #include <torch/csrc/stable/library.h>
 
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY(vitfast, m) {
-  m.def("window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float scale, bool return_lse) -> (Tensor output, Tensor lse)");
-  m.def("window_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor lse, int[] window_size, int[] shift, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
-  m.def("window_attention_qkvpacked(Tensor qkv, Tensor? bias, int[] window_size, int[] shift, float scale, bool return_lse) -> (Tensor output, Tensor lse)");
-  m.def("window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor lse, int[] window_size, int[] shift, float scale) -> (Tensor grad_qkv, Tensor grad_bias)");
+  m.def(
+      "window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float "
+      "scale, bool return_lse) -> (Tensor output, Tensor lse)");
+  m.def(
+      "window_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor lse, int[] "
+      "window_size, int[] shift, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
+      "grad_bias)");
+  m.def(
+      "window_attention_qkvpacked(Tensor qkv, Tensor? bias, int[] window_size, int[] shift, float scale, bool "
+      "return_lse) -> (Tensor output, Tensor lse)");
+  m.def(
+      "window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor lse, int[] window_size, int[] "
+      "shift, float scale) -> (Tensor grad_qkv, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {

@@ -38,11 +38,14 @@ void set_instruction_set(const std::optional<std::string>& text) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of vitfast. Importing it registers the operators torch.ops.vitfast.*";
-  m.def("build_info", &build_info, "How this extension was built: compiler, flags, torch_target, instruction_sets, cuda_architectures.");
+  m.def("build_info", &build_info,
+        "How this extension was built: compiler, flags, torch_target, instruction_sets, cuda_architectures.");
   m.def("instruction_set", [] { return name(instruction_set()); }, "The instruction set that CPU kernels run with.");
-  m.def("usable_instruction_sets", [] { return names(usable_instruction_sets()); }, "Those that this processor can run.");
+  m.def(
+      "usable_instruction_sets", [] { return names(usable_instruction_sets()); }, "Those that this processor can run.");
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"),
         "Forces an instruction set ('baseline', 'avx2', 'avx512') for all later calls; None chooses the best again.");
-  m.def("scratch_bytes", &ScratchMeter::peak, "The most scratch memory that kernels held at one time since the last reset.");
+  m.def("scratch_bytes", &ScratchMeter::peak,
+        "The most scratch memory that kernels held at one time since the last reset.");
   m.def("reset_scratch_bytes", &ScratchMeter::reset, "Starts the measurement of scratch_bytes anew.");
 }

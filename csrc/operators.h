@@ -16,9 +16,10 @@ std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,
                                                 double scale, bool return_lse);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
-    Tensor grad, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, Tensor lse,
-    std::vector<int64_t> window_size, std::vector<int64_t> shift, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(Tensor grad, Tensor query, Tensor key,
+                                                                         Tensor value, std::optional<Tensor> bias,
+                                                                         Tensor lse, std::vector<int64_t> window_size,
+                                                                         std::vector<int64_t> shift, double scale);
 
 std::tuple<Tensor, Tensor> window_attention_qkvpacked_cpu(Tensor qkv, std::optional<Tensor> bias,
                                                           std::vector<int64_t> window_size, std::vector<int64_t> shift,

@@ -9,8 +9,8 @@
 
 namespace vitfast::cpu::VITFAST_ISA {
 
-// A tile has up to kTileVectors vectors in a row and, for fewer vectors, more rows: its accumulators, a row of B and one
-// broadcast fill the register file, which has 32 vectors with AVX-512 and 16 otherwise.
+// A tile has up to kTileVectors vectors in a row and, for fewer vectors, more rows: its accumulators, a row of B and
+// one broadcast fill the register file, which has 32 vectors with AVX-512 and 16 otherwise.
 inline constexpr int kTileVectors = 3;
 inline constexpr int kRegisters = VITFAST_VECTOR_BYTES == 64 ? 32 : 16;
 constexpr int tile_rows(int vectors) {

@@ -3,13 +3,15 @@
 #include "cpu/kernel_prelude.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 reports its own headers' _mm512_undefined_*() as uninitialized: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+// GCC 12 reports its own headers' _mm512_undefined_*() as uninitialized:
+// https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")

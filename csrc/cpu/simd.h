@@ -130,7 +130,7 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// ---- reductions and transposition, by halving --------------------------------------------------------------------------
+// ---- reductions and transposition, by halving ---------------------------------------------------------------------
 
 // Lanes come in groups of kWidth. Folds every group in two, and puts the halves of x and y side by side, in turn.
 template <class T, int kWidth, class Combine, int... L>
@@ -188,7 +188,7 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// ---- exponential and logarithm -----------------------------------------------------------------------------------------
+// ---- exponential and logarithm ------------------------------------------------------------------------------------
 
 template <class T>
 struct FloatConstants;
@@ -198,7 +198,7 @@ struct FloatConstants<float> {
   static constexpr int kMantissaBits = 23, kExponentBias = 127;
   static constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   // 2^x on |x| <= 1/2, from its Chebyshev expansion; relative error of the rounded coefficients 1.8e-8
-  static constexpr float kExp2[] = {1.0f,         0.6931472f,   0.2402265f,   0.05550327f,
+  static constexpr float kExp2[] = {1.0f,         0.6931472f,    0.2402265f,    0.05550327f,
                                     0.009618025f, 0.0013400433f, 0.00015469732f};
 };
 
@@ -261,7 +261,7 @@ inline Vec<T> log_positive(Vec<T> x) {
   return e * C::kLog2High + (e * C::kLog2Low + log_m) + (x - x);
 }
 
-// ---- storage types -----------------------------------------------------------------------------------------------------
+// ---- storage types ------------------------------------------------------------------------------------------------
 
 // Kernels compute in float or double; float16 and bfloat16 are only stored.
 template <class Storage>

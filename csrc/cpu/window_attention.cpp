@@ -17,9 +17,9 @@
 namespace vitfast {
 namespace {
 
-using torch::headeronly::ScalarType;
 using cpu::MapView;
 using cpu::WindowAttentionProblem;
+using torch::headeronly::ScalarType;
 
 const cpu::WindowAttentionKernels& kernels() {
 #if defined(__x86_64__)
@@ -101,10 +101,12 @@ int64_t ratio(int64_t size, int64_t key_size, int64_t window, int64_t shift) {
   return ratio;
 }
 
-WindowAttentionProblem problem_of(const Shape& shape, const std::optional<Tensor>& bias, const std::vector<int64_t>& window,
-                                  const std::vector<int64_t>& shift, double scale, const MapView& query) {
+WindowAttentionProblem problem_of(const Shape& shape, const std::optional<Tensor>& bias,
+                                  const std::vector<int64_t>& window, const std::vector<int64_t>& shift, double scale,
+                                  const MapView& query) {
   check(window.size() == 2 && shift.size() == 2, "window_size and shift must be pairs");
-  for (const int i : {0, 1}) check(window[i] > 0 && shift[i] >= 0 && shift[i] < window[i], "needs 0 <= shift < window_size");
+  for (const int i : {0, 1})
+    check(window[i] > 0 && shift[i] >= 0 && shift[i] < window[i], "needs 0 <= shift < window_size");
   WindowAttentionProblem problem{};
   problem.storage = storage_of(shape.dtype);
   problem.batch = shape.batch;
@@ -144,8 +146,8 @@ std::tuple<Tensor, Tensor> forward(const Shape& shape, const MapView& query, con
   return {out, lse};
 }
 
-// How many runs the windows of a head are cut into: a power of two, so that threads share them evenly, and none of fewer
-// windows than this, so that the partial sums take little memory beside the scores that are never stored.
+// How many runs the windows of a head are cut into: a power of two, so that threads share them evenly, and none of
+// fewer windows than this, so that the partial sums take little memory beside the scores that are never stored.
 constexpr int64_t kWindowsPerSplit = 32;
 constexpr int64_t kMostSplits = 64;
 
@@ -180,8 +182,8 @@ Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, co
   if (!dense_bias.has_value()) {
     Tensor none = torch::stable::new_empty(grad, {0});
     if (!empty(shape)) {
-      kernels().backward({problem, view_of(grad), query, key, value, grad_query, grad_key, grad_value, lse.data_ptr(),
-                          nullptr, 0});
+      kernels().backward(
+          {problem, view_of(grad), query, key, value, grad_query, grad_key, grad_value, lse.data_ptr(), nullptr, 0});
     }
     return none;
   }
@@ -190,8 +192,8 @@ Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, co
   const int64_t splits = splits_of(shape.batch * problem.windows());
   const int64_t sums_per_bias = problem.bias_shared ? shape.heads * splits : splits;
   const Tensor partial = sums_per_bias == 1 ? bias_grad
-                                            : torch::stable::new_empty(bias_grad, {shape.heads * splits, problem.queries(),
-                                                                                   problem.keys()});
+                                            : torch::stable::new_empty(
+                                                  bias_grad, {shape.heads * splits, problem.queries(), problem.keys()});
   kernels().backward({problem, view_of(grad), query, key, value, grad_query, grad_key, grad_value, lse.data_ptr(),
                       partial.data_ptr(), splits});
   if (sums_per_bias > 1) {
@@ -227,14 +229,15 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_cpu(Tensor qkv, std::optio
                  return_lse, torch::stable::empty_like(torch::stable::select(qkv, 3, 0)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
-    Tensor grad, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, Tensor lse,
-    std::vector<int64_t> window_size, std::vector<int64_t> shift, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(Tensor grad, Tensor query, Tensor key,
+                                                                         Tensor value, std::optional<Tensor> bias,
+                                                                         Tensor lse, std::vector<int64_t> window_size,
+                                                                         std::vector<int64_t> shift, double scale) {
   const Tensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
                grad_value = torch::stable::empty_like(value);
-  const Tensor bias_grad = backward(shape_of(query, key, value), grad, view_of(query), view_of(key), view_of(value), bias,
-                                    lse, window_size, shift, scale, view_of(grad_query), view_of(grad_key),
-                                    view_of(grad_value));
+  const Tensor bias_grad =
+      backward(shape_of(query, key, value), grad, view_of(query), view_of(key), view_of(value), bias, lse, window_size,
+               shift, scale, view_of(grad_query), view_of(grad_key), view_of(grad_value));
   return {grad_query, grad_key, grad_value, bias_grad};
 }
 
@@ -243,9 +246,9 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_backward_cpu(Tensor grad, 
                                                                    std::vector<int64_t> shift, double scale) {
   const Shape shape = shape_of(qkv);
   const Tensor grad_qkv = torch::stable::empty_like(qkv);
-  const Tensor bias_grad = backward(shape, grad, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, lse,
-                                    window_size, shift, scale, packed_view(grad_qkv, 0), packed_view(grad_qkv, 1),
-                                    packed_view(grad_qkv, 2));
+  const Tensor bias_grad =
+      backward(shape, grad, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, lse, window_size,
+               shift, scale, packed_view(grad_qkv, 0), packed_view(grad_qkv, 1), packed_view(grad_qkv, 2));
   return {grad_qkv, bias_grad};
 }
 

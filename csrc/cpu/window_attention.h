@@ -1,4 +1,5 @@
-// Window attention on the CPU: what the operator (window_attention.cpp) and its kernels (window_attention_kernel.h) share.
+// Window attention on the CPU: what the operator (window_attention.cpp) and its kernels (window_attention_kernel.h)
+// share.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +54,7 @@ struct WindowAttentionProblem {
   int64_t batch, heads, dim;
   Axis rows, columns;
   double scale;
-  const void* bias;   // (heads or 1, queries, keys) contiguous in the computing dtype, or null
+  const void* bias;    // (heads or 1, queries, keys) contiguous in the computing dtype, or null
   bool bias_shared;    // by all heads
   bool channels_last;  // the heads of a token lie side by side in the query: they are then taken in turn
 
@@ -72,8 +73,9 @@ struct WindowAttentionBackward {
   WindowAttentionProblem problem;
   MapView grad, query, key, value, grad_query, grad_key, grad_value;
   const void* lse;
-  // Sums of the scores' gradients, (heads, splits, queries, keys) in the computing dtype, or null. The windows of a head
-  // are cut into `splits` runs, each summed in order by one task: the result does not depend on the number of threads.
+  // Sums of the scores' gradients, (heads, splits, queries, keys) in the computing dtype, or null. The windows of a
+  // head are cut into `splits` runs, each summed in order by one task: the result does not depend on the number of
+  // threads.
   void* bias_grad;
   int64_t splits;
 };

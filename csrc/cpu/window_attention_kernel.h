@@ -102,8 +102,8 @@ void forward(const WindowAttentionForward& call) {
 }
 
 void backward(const WindowAttentionBackward& call) {
-  const bool planes = as_planes({&call.grad, &call.query, &call.key, &call.value, &call.grad_query, &call.grad_key,
-                                 &call.grad_value});
+  const bool planes =
+      as_planes({&call.grad, &call.query, &call.key, &call.value, &call.grad_query, &call.grad_key, &call.grad_value});
   with_storage(call.problem.storage, [&](auto s) {
     using S = decltype(s);
     planes ? backward_of<BackwardPlanes<S>>(call) : backward_of<BackwardTokens<S>>(call);

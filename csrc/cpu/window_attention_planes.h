@@ -5,8 +5,8 @@
 //   S = Q K^T        from the planes of Q and K          O^T = V^T P^T         dQ^T = scale K^T dS^T
 //   dP = G V^T       from the planes of G and V          dK^T = scale Q^T dS   dV^T = G^T P
 //
-// Only P in the forward and dS in the backward are transposed, in scratch. A lone token (see Columns) is a lone column of
-// every product here, of S for the keys and of O^T for the queries.
+// Only P in the forward and dS in the backward are transposed, in scratch. A lone token (see Columns) is a lone column
+// of every product here, of S for the keys and of O^T for the queries.
 #pragma once
 
 #include "cpu/window_attention_scores.h"
@@ -19,7 +19,10 @@ template <class T>
 class StripTasks {
  public:
   explicit StripTasks(const Walk<T>& walk)
-      : columns_(walk.problem.columns), rows_(walk.window_rows), most_windows_(most_windows(walk)), grain_(walk.grain()) {
+      : columns_(walk.problem.columns),
+        rows_(walk.window_rows),
+        most_windows_(most_windows(walk)),
+        grain_(walk.grain()) {
     const int64_t count = walk.window_columns;
     const bool cut_first = width(0) != columns_.window, cut_last = count > 1 && width(count - 1) != columns_.window;
     whole_first_ = cut_first ? 1 : 0;
@@ -88,8 +91,8 @@ class PlaneProducts {
     out[queries.last()] = corner;
   }
 
-  // planes = alpha a b, [D][columns] = [D][depth] [depth][columns]; `lone` holds the lone column of b, [depth] and zeros up
-  // to a whole vector.
+  // planes = alpha a b, [D][columns] = [D][depth] [depth][columns]; `lone` holds the lone column of b, [depth] and
+  // zeros up to a whole vector.
   void product(Rows<const T> a, int64_t depth, Rows<const T> b, const Columns<T>& columns, const T* lone, T alpha,
                Rows<T> planes) const {
     gemm<T>(dim_, columns.vectors, {depth, a, 0, b, planes, 0, alpha});
@@ -130,16 +133,17 @@ class ForwardPlanes {
 
   int64_t bytes() const { return bytes_; }
 
-  // Meanwhile it prefetches what `next` will need.
+  // Meanwhile it prefetches what `next` will need, and where the output will go.
   void operator()(const Strip& strip, const Strip& next) {
-    const Tokens query_tokens = walk_.queries(strip.row, strip.column), key_tokens = walk_.keys(strip.row, strip.column);
+    const Tokens query_tokens = walk_.queries(strip.row, strip.column),
+                 key_tokens = walk_.keys(strip.row, strip.column);
     for (TokenPlanes<S>* map : {&query_, &out_}) map->select(strip, query_tokens);
     for (TokenPlanes<S>* map : {&key_, &value_}) map->select(strip, key_tokens);
     bias_.select(strip.head, query_tokens, key_tokens);
     for (TokenPlanes<S>* map : {&query_, &key_, &value_}) map->gather();
     const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
     Prefetch prefetch[] = {query_.prefetch(next, next_queries), key_.prefetch(next, next_keys),
-                           value_.prefetch(next, next_keys)};
+                           value_.prefetch(next, next_keys), out_.prefetch(strip, query_tokens)};
     const Columns<T> queries(query_tokens.count()), keys(key_tokens.count());
     probabilities_.set_columns(round_up(keys.count, kLanes<T>));
     transposed_.set_columns(queries.width());
@@ -164,8 +168,8 @@ class ForwardPlanes {
     if (keys.lone) products_.lone_column(query_, queries, key_, keys.last(), lone_key_);
     for_each_block(queries.count, [&](int64_t first, int64_t height) {
       gemm<T>(height, keys.vectors,
-                   {dim, query_.transposed(), first, key_.rows(), probabilities_.rows(), first, products_.scale(),
-                    nullptr, bias_.rows(), first});
+              {dim, query_.transposed(), first, key_.rows(), probabilities_.rows(), first, products_.scale(), nullptr,
+               bias_.rows(), first});
       BlockValues<T> lone;
       if (keys.lone) {
         for_each_vector<T>([&](int i) { store(lone.data + i, load(lone_key_ + first + i)); });
@@ -248,14 +252,20 @@ class BackwardPlanes {
 
   // bias_sum, if not null, is what the gradients of the scores are added to.
   void operator()(const Strip& strip, const Strip& next, T* bias_sum) {
-    const Tokens query_tokens = walk_.queries(strip.row, strip.column), key_tokens = walk_.keys(strip.row, strip.column);
+    const Tokens query_tokens = walk_.queries(strip.row, strip.column),
+                 key_tokens = walk_.keys(strip.row, strip.column);
     for (TokenPlanes<S>* map : {&grad_, &query_, &grad_query_}) map->select(strip, query_tokens);
     for (TokenPlanes<S>* map : {&key_, &value_, &grad_key_, &grad_value_}) map->select(strip, key_tokens);
     bias_.select(strip.head, query_tokens, key_tokens);
     for (TokenPlanes<S>* map : {&grad_, &query_, &key_, &value_}) map->gather();
     const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
-    Prefetch prefetch[] = {grad_.prefetch(next, next_queries), query_.prefetch(next, next_queries),
-                           key_.prefetch(next, next_keys), value_.prefetch(next, next_keys)};
+    Prefetch prefetch[] = {grad_.prefetch(next, next_queries),
+                           query_.prefetch(next, next_queries),
+                           key_.prefetch(next, next_keys),
+                           value_.prefetch(next, next_keys),
+                           grad_query_.prefetch(strip, query_tokens),
+                           grad_key_.prefetch(strip, key_tokens),
+                           grad_value_.prefetch(strip, key_tokens)};
     const Columns<T> queries(query_tokens.count()), keys(key_tokens.count());
     for (Matrix<T>* matrix : {&probabilities_, &scores_grad_}) matrix->set_columns(round_up(keys.count, kLanes<T>));
     transposed_.set_columns(queries.width());
@@ -282,10 +292,9 @@ class BackwardPlanes {
     }
     for_each_block(n, [&](int64_t first, int64_t height) {
       gemm<T>(height, keys.vectors,
-                   {dim, query_.transposed(), first, key_.rows(), probabilities_.rows(), first, products_.scale(),
-                    nullptr, bias_.rows(), first});
-      gemm<T>(height, keys.vectors,
-                   {dim, grad_.transposed(), first, value_.rows(), scores_grad_.rows(), first, T{1}});
+              {dim, query_.transposed(), first, key_.rows(), probabilities_.rows(), first, products_.scale(), nullptr,
+               bias_.rows(), first});
+      gemm<T>(height, keys.vectors, {dim, grad_.transposed(), first, value_.rows(), scores_grad_.rows(), first, T{1}});
       BlockValues<T> lone, lone_grad, lse;
       for_each_vector<T>([&](int i) {
         store(lse.data + i, load(window_lse_ + first + i));

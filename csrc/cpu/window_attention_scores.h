@@ -1,5 +1,5 @@
-// The scores of a window's queries and keys, block by block of queries, and the softmax over the keys: what both forms of
-// the kernels, on tokens (window_attention_tokens.h) and on planes (window_attention_planes.h), share.
+// The scores of a window's queries and keys, block by block of queries, and the softmax over the keys: what both forms
+// of the kernels, on tokens (window_attention_tokens.h) and on planes (window_attention_planes.h), share.
 #pragma once
 
 #include "cpu/window_operand.h"
@@ -89,7 +89,7 @@ void add_bias(BlockValues<T>& x, T scale, const T* bias) {
   for_each_vector<T>([&](int i) { store(x.data + i, load(x.data + i) * scale + load(bias + i)); });
 }
 
-// ---- softmax of a block of rows ---------------------------------------------------------------------------------------
+// ---- softmax of a block of rows -----------------------------------------------------------------------------------
 
 template <class T>
 struct SoftmaxStatistics {
@@ -111,9 +111,8 @@ SoftmaxStatistics<T> exponentiate(const Matrix<T>& scores, int64_t first, int64_
   SoftmaxStatistics<T> result;
   result.top = reduce_block_max<T>(rows);
   if (columns.lone) {
-    for_each_vector<T>([&](int i) {
-      store(result.top.data + i, max<T>(load(result.top.data + i), load(lone.data + i)));
-    });
+    for_each_vector<T>(
+        [&](int i) { store(result.top.data + i, max<T>(load(result.top.data + i), load(lone.data + i))); });
   }
   for (int64_t r = 0; r < height; ++r) {
     T* row = scores.row(first + r);
@@ -138,8 +137,9 @@ SoftmaxStatistics<T> exponentiate(const Matrix<T>& scores, int64_t first, int64_
   return result;
 }
 
-// Rows from `first` on: S <- P = exp(S - lse), and dP <- dS = P (dP - rowsum(P dP)). `lone` and `lone_grad` hold the lone
-// key's S and dP. P is divided by its sum, which the rounding of lse keeps from being 1: the rows of dS then add up to 0.
+// Rows from `first` on: S <- P = exp(S - lse), and dP <- dS = P (dP - rowsum(P dP)). `lone` and `lone_grad` hold the
+// lone key's S and dP. P is divided by its sum, which the rounding of lse keeps from being 1: the rows of dS then add
+// up to 0.
 template <class T>
 void softmax_backward(const Matrix<T>& scores, const Matrix<T>& scores_grad, int64_t first, int64_t height,
                       const Columns<T>& columns, const BlockValues<T>& lse, BlockValues<T>& lone,
@@ -188,7 +188,7 @@ void softmax_backward(const Matrix<T>& scores, const Matrix<T>& scores_grad, int
   }
 }
 
-// ---- all windows of a call --------------------------------------------------------------------------------------------
+// ---- all windows of a call ----------------------------------------------------------------------------------------
 
 template <class T>
 struct Walk {
@@ -227,6 +227,7 @@ struct Walk {
     constexpr int64_t kWorthwhile = 1 << 20;  // multiply-adds, some 20 microseconds
     return 1 + kWorthwhile / (2 * most_queries * most_keys * problem.dim);
   }
+
  private:
   // Where the values of a window's row y begin.
   int64_t statistics(int64_t batch, int64_t head, const Tokens& tokens, int64_t y) const {
@@ -235,9 +236,9 @@ struct Walk {
   }
 };
 
-// The bias of one head as the current window sees it: rows of queries, columns of keys. The bias of a full window is used
-// where it lies. A window that is cut off has pieces of its rows, which are copied side by side; columns without a key
-// hold -inf, so that their probability is 0.
+// The bias of one head as the current window sees it: rows of queries, columns of keys. The bias of a full window is
+// used where it lies. A window that is cut off has pieces of its rows, which are copied side by side; columns without a
+// key hold -inf, so that their probability is 0.
 template <class T>
 class WindowBias {
  public:

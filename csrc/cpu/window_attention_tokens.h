@@ -1,8 +1,8 @@
 // One window of one head, its tokens as rows, [tokens][D]: for maps whose heads and channels are innermost.
 //
 // K (in the backward V too) is transposed into scratch, [D][m], because the vectors of a tile of scores run along the
-// keys; the other operands are used where they lie in the map if possible. Scores live in scratch: a block of rows in the
-// forward, P and dS of one window in the backward.
+// keys; the other operands are used where they lie in the map if possible. Scores live in scratch: a block of rows in
+// the forward, P and dS of one window in the backward.
 #pragma once
 
 #include "cpu/window_attention_scores.h"
@@ -14,11 +14,14 @@ namespace {
 template <class T>
 class WindowTasks {
  public:
-  explicit WindowTasks(const Walk<T>& walk) : columns_(walk.window_columns), count_(walk.window_rows * columns_), grain_(walk.grain()) {}
+  explicit WindowTasks(const Walk<T>& walk)
+      : columns_(walk.window_columns), count_(walk.window_rows * columns_), grain_(walk.grain()) {}
 
   int64_t per_map() const { return count_; }
   int64_t grain() const { return grain_; }
-  Item task(int64_t batch, int64_t head, int64_t index) const { return {batch, head, index / columns_, index % columns_}; }
+  Item task(int64_t batch, int64_t head, int64_t index) const {
+    return {batch, head, index / columns_, index % columns_};
+  }
 
  private:
   int64_t columns_, count_, grain_;
@@ -57,9 +60,9 @@ class ForwardTokens {
     value_.select(item, keys);
     out_.select(item, queries);
     bias_.select(item.head, queries, keys);
-    Prefetch prefetch_query = query_.prefetch(next, walk_.queries(next.row, next.column)),
-                prefetch_key = key_.prefetch(next, walk_.keys(next.row, next.column)),
-                prefetch_value = value_.prefetch(next, walk_.keys(next.row, next.column));
+    const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
+    Prefetch prefetch[] = {query_.prefetch(next, next_queries), key_.prefetch(next, next_keys),
+                           value_.prefetch(next, next_keys)};
     key_transposed_.set_columns(columns.width());
     scores_.set_columns(round_up(columns.count, kLanes<T>));
     query_.gather();
@@ -68,9 +71,9 @@ class ForwardTokens {
     if (columns.lone) key_.gather_last(lone_key_);
 
     for_each_block(queries.count(), [&](int64_t first, int64_t height) {
-      gemm<T>(height, columns.vectors,
-                   {dim, query_.rows(), first, key_transposed_.rows(), scores_.rows(), 0, scale_, nullptr,
-                    bias_.rows(), first});
+      gemm<T>(
+          height, columns.vectors,
+          {dim, query_.rows(), first, key_transposed_.rows(), scores_.rows(), 0, scale_, nullptr, bias_.rows(), first});
       BlockValues<T> lone;
       if (columns.lone) {
         lone = row_dots<T>(query_.rows(), first, height, dim, lone_key_);
@@ -85,9 +88,9 @@ class ForwardTokens {
           store(window_lse_ + first + i, load(statistics.top.data + i) + log_positive<T>(sum));
         }
       });
-      for (Prefetch* prefetch : {&prefetch_query, &prefetch_key, &prefetch_value}) prefetch->advance(first + height, queries.count());
+      for (Prefetch& map : prefetch) map.advance(first + height, queries.count());
       gemm<T>(height, parts(dim, kLanes<T>),
-                   {columns.count, scores_.rows(), 0, value_.rows(), out_.rows(), first, T{1}, factor.data});
+              {columns.count, scores_.rows(), 0, value_.rows(), out_.rows(), first, T{1}, factor.data});
     });
     out_.scatter();
     if (lse_ != nullptr) walk_.scatter_statistics(item.batch, item.head, queries, window_lse_, lse_);
@@ -154,7 +157,7 @@ class BackwardTokens {
     bias_.select(item.head, queries, keys);
     const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
     Prefetch prefetch[] = {grad_.prefetch(next, next_queries), query_.prefetch(next, next_queries),
-                              key_.prefetch(next, next_keys), value_.prefetch(next, next_keys)};
+                           key_.prefetch(next, next_keys), value_.prefetch(next, next_keys)};
     grad_.gather();
     query_.gather();
     key_.gather();
@@ -168,10 +171,10 @@ class BackwardTokens {
 
     for_each_block(n, [&](int64_t first, int64_t height) {
       gemm<T>(height, columns.vectors,
-                   {dim, query_.rows(), first, key_transposed_.rows(), probabilities_.rows(), first, scale_,
-                    nullptr, bias_.rows(), first});
+              {dim, query_.rows(), first, key_transposed_.rows(), probabilities_.rows(), first, scale_, nullptr,
+               bias_.rows(), first});
       gemm<T>(height, columns.vectors,
-                   {dim, grad_.rows(), first, value_transposed_.rows(), scores_grad_.rows(), first, T{1}});
+              {dim, grad_.rows(), first, value_transposed_.rows(), scores_grad_.rows(), first, T{1}});
       BlockValues<T> lone, lone_grad, lse;
       if (columns.lone) {
         lone = row_dots<T>(query_.rows(), first, height, dim, lone_key_);
@@ -181,7 +184,7 @@ class BackwardTokens {
       for_each_vector<T>([&](int i) { store(lse.data + i, load(window_lse_ + first + i)); });
       softmax_backward(probabilities_, scores_grad_, first, height, columns, lse, lone, lone_grad);
       if (bias_sum != nullptr) bias_.add_grad(bias_sum, scores_grad_, first, height);
-      for (Prefetch& operand : prefetch) operand.advance(first + height, n);
+      for (Prefetch& map : prefetch) map.advance(first + height, n);
     });
     gemm<T>(n, dim_vectors, {m, scores_grad_.rows(), 0, key_.rows(), grad_query_.rows(), 0, scale_});
     gemm<T>(m, dim_vectors, {n, transposed(scores_grad_), 0, query_.rows(), grad_key_.rows(), 0, scale_});

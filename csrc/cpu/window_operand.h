@@ -22,9 +22,9 @@ struct Item {
 
 // Tokens as columns of a matrix, cut into vectors.
 //
-// The lone token. The square of an odd number is one more than a multiple of 8, so an odd window leaves one token over. A
-// vector of 16 lanes for that one would cost a third of the work again, in the products and in the exponentials: it is
-// left out of the vectors, and its column is computed apart, one dot product for each row.
+// The lone token. The square of an odd number is one more than a multiple of 8, so an odd window leaves one token over.
+// A vector of 16 lanes for that one would cost a third of the work again, in the products and in the exponentials: it
+// is left out of the vectors, and its column is computed apart, one dot product for each row.
 template <class T>
 struct Columns {
   int64_t count;    // of tokens
@@ -95,8 +95,8 @@ enum class Access {
 // Fetches runs of memory into the caches, a few at a time, while other work goes on.
 class Prefetch {
  public:
-  // A run begins at data + y * row_stride + x * column_stride, x < columns the faster, and has `bytes` bytes. Strides are
-  // in bytes.
+  // A run begins at data + y * row_stride + x * column_stride, x < columns the faster, and has `bytes` bytes. Strides
+  // are in bytes.
   Prefetch(const void* data, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, int64_t bytes)
       : data_(reinterpret_cast<uintptr_t>(data)),
         row_stride_(row_stride),
@@ -170,8 +170,12 @@ class TokenRows {
   // Of the tokens of an item; of no use to a map whose elements lie apart.
   Prefetch prefetch(const Item& item, const Tokens& tokens) const {
     constexpr int64_t size = sizeof(S);
-    return {first_element<S>(view_, item.batch, item.head, tokens), view_.stride[1] * size, view_.stride[2] * size, tokens.rows.size,
-            tokens.columns.size, view_.stride[4] == 1 ? dim_ * size : 0};
+    return {first_element<S>(view_, item.batch, item.head, tokens),
+            view_.stride[1] * size,
+            view_.stride[2] * size,
+            tokens.rows.size,
+            tokens.columns.size,
+            view_.stride[4] == 1 ? dim_ * size : 0};
   }
 
   // After `gather` or before `scatter`.
@@ -238,9 +242,9 @@ class TokenRows {
   int64_t table_rows_ = 0, table_columns_ = 0;  // of the window that offset_ was made for
 };
 
-// Rows of a window, `width` values wide, moved between a map, where rows are `stride` apart, and a plane of a copy, where
-// they are adjacent. Rows are short, and masked accesses cost more than the work: these move a row of a certain length in
-// bytes, in pieces that may overlap.
+// Rows of a window, `width` values wide, moved between a map, where rows are `stride` apart, and a plane of a copy,
+// where they are adjacent. Rows are short, and masked accesses cost more than the work: these move a row of a certain
+// length in bytes, in pieces that may overlap.
 template <class T, int kPiece>  // kPiece <= bytes <= 2 kPiece
 struct MoveRows {
   static bool fits(int64_t width, int64_t) {
@@ -340,8 +344,8 @@ struct Strip {
 
 // One map's part in the current strip, its channels as planes, [D][count] for every window.
 //
-// They are used where they lie if a plane's tokens are adjacent, of the computing dtype, and fill whole vectors but for a
-// lone token: then the window is as wide as the map. Otherwise `gather` copies them and `scatter` puts them back, all
+// They are used where they lie if a plane's tokens are adjacent, of the computing dtype, and fill whole vectors but for
+// a lone token: then the window is as wide as the map. Otherwise `gather` copies them and `scatter` puts them back, all
 // windows of a strip together, because a plane of a strip is adjacent in memory and a plane of a window is not.
 template <class S>
 class TokenPlanes {
@@ -382,12 +386,8 @@ class TokenPlanes {
     const S* data = first_element<S>(view_, strip.batch, strip.head, tokens);
     const int64_t rows = tokens.rows.size, row = (strip.windows * tokens.columns.size - 1) * view_.stride[2] + 1;
     const bool adjacent = view_.stride[1] == row;
-    return {data,
-            view_.stride[4] * size,
-            view_.stride[1] * size,
-            dim_,
-            adjacent ? 1 : rows,
-            (adjacent ? rows * row : row) * size};
+    return {data, view_.stride[4] * size, view_.stride[1] * size,
+            dim_, adjacent ? 1 : rows,    (adjacent ? rows * row : row) * size};
   }
 
   // The planes, [D][count], after `gather` or before `scatter`.
