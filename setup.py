@@ -11,10 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pybind11
+import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 
 # The stable ABI of torch 2.10: what is built against any later torch also loads in 2.10 and every release after it.
 TORCH_TARGET_VERSION = 0x020A000000000000
@@ -49,7 +50,14 @@ def quoted(text: str) -> str:
 
 def compiler_version() -> str:
     command = shlex.split(os.environ.get("CXX", "c++"))
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"vitfast needs GCC to build its extension, but {shlex.join(command)} does not run: {error}. "
+            "Install it (Debian, Ubuntu: apt install g++) or set CXX"
+        ) from error
+    return version.stdout.splitlines()[0]
 
 
 def define(name: str, text: str) -> str:
@@ -60,6 +68,9 @@ COMPILE += [
     define("VITFAST_COMPILER", compiler_version()),
     define("VITFAST_FLAGS", " ".join(COMPILE)),
     define("VITFAST_TORCH_TARGET", "2.10"),
+    # messages name source files, but not where they were compiled; after VITFAST_FLAGS, which would repeat it
+    f"-ffile-prefix-map={ROOT}/=",
+    f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/",
 ]
 
 setup(

@@ -196,6 +196,31 @@ def test_window_out_of_range(window):
         window_attention(**tensors(window_size=window, bias=None))
 
 
+@pytest.mark.parametrize("window", [2**31, 2**62, 2**70, (7, 2**63 - 1)], ids=str)
+def test_window_whose_tokens_cannot_be_counted(window):
+    with raises(ValueError, "window_size must be at most 2147483647", str(window)):
+        window_attention(**tensors(window_size=window, bias=None))
+
+
+def test_largest_window_is_the_whole_map():
+    arguments = tensors(bias=None)
+    with vitfast.backend("cpu"):
+        result = window_attention(**arguments | {"window_size": 2**31 - 1})
+    torch.testing.assert_close(result, window_attention(**arguments | {"window_size": (H, W)}))
+
+
+def test_operator_refuses_a_window_whose_number_of_tokens_overflows():
+    x, window = torch.randn(MAP), [7, 7905747460161236407]  # 7 times this is 1 modulo 2^64
+    with pytest.raises(RuntimeError, match="window_size < 2"):
+        torch.ops.vitfast.window_attention(x, x, x, torch.zeros(1, 1, 1), window, [0, 0], 1.0, True)
+
+
+def test_sparse_tensor():
+    arguments = tensors()
+    with raises(TypeError, "query must be a dense tensor", "to_dense"):
+        window_attention(**arguments | {"query": arguments["query"].to_sparse()})
+
+
 @pytest.mark.parametrize(
     ("window", "shift"), [(2, 2), (2, -1), (4, (0, 4)), ((2, 4), 2), ((4, 2), (-1, 0)), (7, 100)], ids=str
 )

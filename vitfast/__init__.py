@@ -1,4 +1,4 @@
-"""vitfast: fused attention, spatial smoothing and Hessian-vector products for vision models in PyTorch."""
+"""vitfast: fused window attention for vision models in PyTorch."""
 
 from vitfast import functional, nn
 from vitfast._version import __version__

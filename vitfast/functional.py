@@ -12,6 +12,7 @@ from vitfast.ops import window_attention as _window_attention
 
 __all__ = ["window_attention", "window_attention_qkvpacked", "window_attention_weights"]
 
+_LARGEST_WINDOW = 2**31 - 1  # so that the number of a window's tokens fits into 64 bits
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -132,6 +133,8 @@ def _check_tensors(bias: Tensor | None, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{name} must be float32, float64, float16 or bfloat16; got {tensor.dtype}. Convert it with .float()"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}. Convert it with .to_dense()")
         if tensor.device != first.device:
             raise ValueError(
                 f"all tensors must be on one device; {first_name} is on {first.device} and {name} on {tensor.device}"
@@ -169,6 +172,10 @@ def _check_window(window_size, shift) -> tuple[tuple[int, int], tuple[int, int]]
     window, offset = _pair("window_size", window_size), _pair("shift", shift)
     if min(window) < 1:
         raise ValueError(f"window_size must be at least 1; got {window_size}")
+    if max(window) > _LARGEST_WINDOW:
+        raise ValueError(
+            f"window_size must be at most {_LARGEST_WINDOW}; got {window_size}. A window as large as the map covers it"
+        )
     if any(not 0 <= s < w for s, w in zip(offset, window, strict=True)):
         raise ValueError(
             f"shift must be at least 0 and smaller than window_size = {window}; got {shift}. "

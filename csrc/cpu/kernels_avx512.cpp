@@ -2,28 +2,17 @@
 #if defined(__x86_64__)
 #include "cpu/kernel_prelude.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 reports its own headers' _mm512_undefined_*() as uninitialized:
 // https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-#endif
 
 #define VITFAST_ISA avx512
 #define VITFAST_VECTOR_BYTES 64
 #include "cpu/window_attention_kernel.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
 #pragma GCC pop_options
-#endif
 #endif

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -105,8 +106,11 @@ WindowAttentionProblem problem_of(const Shape& shape, const std::optional<Tensor
                                   const std::vector<int64_t>& window, const std::vector<int64_t>& shift, double scale,
                                   const MapView& query) {
   check(window.size() == 2 && shift.size() == 2, "window_size and shift must be pairs");
-  for (const int i : {0, 1})
-    check(window[i] > 0 && shift[i] >= 0 && shift[i] < window[i], "needs 0 <= shift < window_size");
+  constexpr int64_t kLargestWindow = std::numeric_limits<int32_t>::max();  // so that no count of tokens overflows
+  for (const int i : {0, 1}) {
+    check(0 < window[i] && window[i] <= kLargestWindow, "needs 0 < window_size < 2^31");
+    check(0 <= shift[i] && shift[i] < window[i], "needs 0 <= shift < window_size");
+  }
   WindowAttentionProblem problem{};
   problem.storage = storage_of(shape.dtype);
   problem.batch = shape.batch;
@@ -157,7 +161,7 @@ int64_t splits_of(int64_t windows) {
   return splits;
 }
 
-// Adds up the partial sums of the bias gradient, (heads, splits, ...) -> (heads or 1, ...), in a fixed order.
+// Adds up partial sums of the gradient of one bias, (parts, size) -> (size), in a fixed order.
 template <class T>
 void reduce_bias_grad(const T* partial, int64_t parts, int64_t size, T* out) {
   std::copy_n(partial, size, out);

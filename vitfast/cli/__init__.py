@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="vitfast",
-        description="Fused attention for vision models in PyTorch: measure it, and train with it.",
+        description="Fused window attention for vision models in PyTorch: measure it, and train with it.",
     )
     parser.add_argument("--version", action="version", version=f"vitfast {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="command", required=True)

@@ -29,7 +29,7 @@ def require() -> types.ModuleType:
     if _C is None:
         raise ExtensionError(
             f"vitfast's compiled extension (vitfast._C) could not be loaded: {_load_error}.\n"
-            "Build it for the PyTorch that is installed here with a C++17 compiler:\n"
+            "Build it for the PyTorch that is installed here with GCC:\n"
             "    pip install --no-build-isolation .        (in a checkout: -e . for an editable install)\n"
             "or compute without it: with vitfast.backend('reference'): ..."
         ) from _load_error

@@ -112,5 +112,5 @@ def _warn_once(operator: str) -> None:
         warnings.warn(
             f"{operator} runs as plain PyTorch on this CUDA device: triton is not installed (pip install triton)",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=6,  # the caller of vitfast.functional
         )

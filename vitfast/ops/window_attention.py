@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _extension
-from vitfast.ops.backend import choose
+from vitfast.ops.backend import BackendError, choose
 
 NAME = "window_attention"
 SERVED = ("cpu", "triton")
@@ -62,6 +62,9 @@ def window_attention(
     if torch.compiler.is_compiling():
         if _forward_ad_active():  # the registered operators have no forward-mode rule
             return reference.window_attention(*_unpack(qkv), bias, **spec.options)
+        _extension.require()  # it registers the operators, the Triton kernels' too
+        if spec.backend == "triton" and qkv[0].device.type == "cpu":
+            raise BackendError(f"{NAME}: Triton's interpreter cannot run inside of torch.compile; compile without it")
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return _operator(qkv)(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
     if _forward_ad_is_nested():
@@ -334,7 +337,7 @@ def _compiled_backward(ctx, grad, _):
 
 def _setup_compiled_backward(ctx, inputs, output):
     grad, *qkv, bias, _, window_size, shift, scale = inputs
-    ctx.spec = Spec(tuple(window_size), tuple(shift), scale, "cpu")
+    ctx.spec = Spec(tuple(window_size), tuple(shift), scale, "reference")  # which serves all second derivatives
     ctx.save_for_backward(bias, grad, *qkv)
 
 
