@@ -77,6 +77,10 @@ def test_library_exports_its_module_function_only():
     assert [name for name in exported if not name.startswith(templates) and name not in linker] == ["PyInit__C"]
 
 
+def test_library_does_not_tell_where_it_was_built():
+    assert str(Path(vitfast.__file__).parents[1]).encode() not in LIBRARY.read_bytes()
+
+
 def test_build_info():
     info = _C.build_info()
     assert set(info) == {"compiler", "flags", "torch_target", "instruction_sets", "cuda_architectures"}
