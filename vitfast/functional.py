@@ -161,15 +161,16 @@ def _check_maps(query: Tensor, key: Tensor, value: Tensor | None = None) -> None
         )
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
+def integer_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) from one integer or a pair of them; a TypeError that speaks of ``name`` for anything else."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, (Integral, torch.SymInt)) and not isinstance(v, bool) for v in pair):
         raise TypeError(f"{name} must be an integer or a pair of integers (rows, columns); got {value!r}")
     return tuple(v if isinstance(v, torch.SymInt) else int(v) for v in pair)
 
 
 def _check_window(window_size, shift) -> tuple[tuple[int, int], tuple[int, int]]:
-    window, offset = _pair("window_size", window_size), _pair("shift", shift)
+    window, offset = integer_pair("window_size", window_size), integer_pair("shift", shift)
     if min(window) < 1:
         raise ValueError(f"window_size must be at least 1; got {window_size}")
     if max(window) > _LARGEST_WINDOW:

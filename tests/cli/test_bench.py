@@ -26,6 +26,7 @@ def exit_code(*arguments):
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["no_such_case"], "no case matches 'no_such_case'; vitfast bench --list shows them all"),
         (["--json", "no/such/folder/out.json"], "there is no folder no/such/folder; create it first"),
+        (["--json", "."], "--json: . is a folder; name a file in it"),
     ],
 )
 def test_wrong_input_is_named(capsys, monkeypatch, arguments, message):

@@ -253,6 +253,12 @@ def test_bad_input():
         module(torch.zeros(2, 5, 8, 7, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("options", [{"heads": 0}, {"dim_head": 0}], ids=str)
+def test_no_heads(options):
+    with pytest.raises(ValueError, match="heads and dim_head must be at least 1; got heads = "):
+        LocalAttention2d(8, **options)
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match=r"k must be at least 1 and divide window_size = \(7, 7\); got 2"):
         LocalAttention2d(8, k=2)

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close_to_reference
@@ -308,6 +309,15 @@ def test_every_backend_is_the_reference():
 def test_bad_input(shape, kwargs, message):
     with pytest.raises(ValueError, match=message):
         WindowAttention(24, num_heads=3, window_size=4)(torch.zeros(shape), **kwargs)
+
+
+def test_no_heads():
+    with pytest.raises(ValueError, match="num_heads must be at least 1; got 0"):
+        WindowAttention(96, 0)
+
+
+def test_numpy_integers_are_integers():
+    assert WindowAttention(4, 2, window_size=np.int64(3)).window_size == (3, 3)
 
 
 def test_bad_options():

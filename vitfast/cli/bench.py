@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise UserError(f"--json: there is no folder {arguments.json.parent}; create it first")
+    if arguments.json is not None and arguments.json.is_dir():
+        raise UserError(f"--json: {arguments.json} is a folder; name a file in it")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no CUDA device here: nothing was measured.")
         return 0

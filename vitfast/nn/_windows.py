@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitfast import reference
+from vitfast import functional, reference
 
 
 def as_pair(name: str, value: int | tuple[int, int], minimum: int = 1) -> tuple[int, int]:
     """(rows, columns) from one integer or a pair of them, each at least ``minimum``."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
-        raise TypeError(f"{name} must be an integer or a pair of integers (rows, columns); got {value!r}")
+    pair = functional.integer_pair(name, value)
     if min(pair) < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
     return pair

@@ -60,6 +60,8 @@ class LocalAttention2d(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        if min(heads, dim_head) < 1:
+            raise ValueError(f"heads and dim_head must be at least 1; got heads = {heads} and dim_head = {dim_head}")
         self.window_size = rows, columns = as_pair("window_size", window_size)
         if k < 1 or rows % k or columns % k:
             raise ValueError(f"k must be at least 1 and divide window_size = {self.window_size}; got {k}")

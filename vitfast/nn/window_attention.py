@@ -66,6 +66,8 @@ class WindowAttention(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1; got {num_heads}")
         head_dim = dim // num_heads if head_dim is None else head_dim
         if head_dim < 1:
             raise ValueError(f"dim must be at least num_heads = {num_heads}, unless head_dim is given; got dim = {dim}")
