@@ -38,6 +38,14 @@ def test_wrong_input_is_named(capsys, monkeypatch, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_named_before_measuring(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("vitfast.bench.run", lambda *_, **__: pytest.fail("measured all the same"))
+    link = tmp_path / "out.json"
+    link.symlink_to(tmp_path / "no_such_folder" / "out.json")
+    assert exit_code("swin_t_stage4", "--no-compile", "--json", str(link)) == 2
+    assert f"--json: {link} cannot be written to: No such file or directory\n" in capsys.readouterr().err
+
+
 def test_list(capsys):
     assert exit_code("swin_t_stage4", "--list") == 0
     assert capsys.readouterr().out.splitlines() == [

@@ -58,6 +58,7 @@ def test_help_names_every_command(capsys):
         (("study", "--lr", "nan"), "must be a number above 0; got 'nan'"),
         (("study", "--image-size", "4"), "must be an integer of at least 8; got '4'"),
         (("study", "--seed", "-1"), "must be an integer of at least 0; got '-1'"),
+        (("study", "--seed", str(2**63)), f"must be an integer of at least 0 and at most {2**63 - 1}; got '{2**63}'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, says):
@@ -173,9 +174,11 @@ def test_study_writes_a_report(capsys, tmp_path):
 
 def test_study_does_not_train_when_the_report_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    code, out, err = run(capsys, "study", "--out", str(tmp_path / "file"))
-    assert (code, out) == (2, "")
-    assert "file cannot be used for the report" in err
+    for folder in (tmp_path / "file", tmp_path / "file" / "report"):
+        code, out, err = run(capsys, "study", "--out", str(folder))
+        assert (code, out) == (2, "")
+        assert f"{folder} cannot be used for the report" in err
+        assert err.count("\n") == 1
 
 
 def test_study_names_the_packages_it_lacks(capsys, monkeypatch, tmp_path):

@@ -154,5 +154,7 @@ def test_bad_options():
         create_model("alternet_18", num_blocks2=(0, 1, 1, 2))
     with pytest.raises(ValueError, match="heads must be four integers"):
         create_model("alternet_18", heads=(3, 6))
-    with pytest.raises(ValueError, match=r"k must be at least 1 and divide window_size = \(7, 7\); got 2"):
+    with pytest.raises(TypeError, match="heads must be four integers, one per stage, of at least 1; got 4"):
+        create_model("alternet_18", heads=4)
+    with pytest.raises(ValueError, match=r"k must divide window_size = \(7, 7\); got 2"):
         create_model("alternet_18", k=2)

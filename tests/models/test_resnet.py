@@ -55,6 +55,8 @@ def test_bad_input():
         create_model("resnet_18", width=8)(torch.zeros(2, 1, 32, 32))
     with pytest.raises(ValueError, match="width must be at least 1; got 0"):
         create_model("resnet_18", width=0)
+    with pytest.raises(TypeError, match=r"num_classes must be an integer; got 2\.5"):
+        create_model("resnet_18", num_classes=2.5)
     with pytest.raises(
         ValueError, match=r"num_blocks must be four integers, one per stage, of at least 1; got \(2, 2\)"
     ):

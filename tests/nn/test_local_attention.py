@@ -260,9 +260,11 @@ def test_no_heads(options):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match=r"k must be at least 1 and divide window_size = \(7, 7\); got 2"):
+    with pytest.raises(ValueError, match=r"k must divide window_size = \(7, 7\); got 2"):
         LocalAttention2d(8, k=2)
     with pytest.raises(ValueError, match="k must be at least 1"):
         LocalAttention2d(8, k=0)
+    with pytest.raises(TypeError, match=r"k must be an integer; got 2\.0"):
+        LocalAttention2d(8, k=2.0)
     with pytest.raises(ValueError, match="window_size must be at least 1"):
         LocalAttention2d(8, window_size=(4, 0))

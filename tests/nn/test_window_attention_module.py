@@ -302,7 +302,7 @@ def test_every_backend_is_the_reference():
             r"num_windows that divides the 4 windows of x; got \(3, 16, 16\)",
         ),
         ((4, 16, 24), {"mask": torch.zeros(16, 16)}, r"mask must have the shape \(num_windows, 16, 16\)"),
-        ((2, 8, 8, 24), {"shift_size": 4}, "shift must be at least 0 and smaller than window_size"),
+        ((2, 8, 8, 24), {"shift_size": 4}, r"shift_size must be smaller than window_size = \(4, 4\); got 4"),
         ((2, 8, 8, 24), {"shift_size": -1}, "shift_size must be at least 0; got -1"),
     ],
 )

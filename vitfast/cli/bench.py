@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no CUDA device here: nothing was measured.")
         return 0
+    if arguments.json is not None:
+        _check_writable(arguments.json)
     device = torch.device(arguments.device)
     names = arguments.dtype if arguments.dtype is not None else _DEFAULT_DTYPES[arguments.device]
     dtypes = [dtype_of(name) for name in names]
@@ -87,6 +89,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of measuring, not after. Figures that the file already holds stay until there are new ones."""
+    from vitfast.cli import UserError
+
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json: {path} cannot be written to: {error.strerror}") from error
 
 
 def _announce(line: str) -> None:

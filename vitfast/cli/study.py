@@ -6,8 +6,12 @@ import argparse
 import dataclasses
 import math
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+_LARGEST_INTEGER = 2**63 - 1  # of 64 bits, as PyTorch takes for a seed or a size
 
 
 def add_parser(subparsers) -> None:
@@ -115,7 +119,11 @@ def _integer(minimum: int) -> Callable[[str], int]:
             number = int(text)
         except ValueError:
             number = -1
-        if not minimum <= number < 2**63:
+        if number > _LARGEST_INTEGER:
+            raise argparse.ArgumentTypeError(
+                f"must be an integer of at least {minimum} and at most {_LARGEST_INTEGER}; got {text!r}"
+            )
+        if number < minimum:
             raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}; got {text!r}")
         return number
 
@@ -144,13 +152,23 @@ def _check_requirements() -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Whether the folder can be written to, or made, without making it."""
+    """Makes the folder of the report and a file in it, and removes them: what forbids that is to show before training.
+
+    Permissions alone do not tell: the file system may be read-only or full, or a name too long.
+    """
     from vitfast.cli import UserError
 
     folder = folder.absolute()
-    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} cannot be used for the report: {nearest} is not a folder that can be written to")
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be used for the report: {error.strerror}") from error
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _device(text: str):

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitfast.nn._checks import is_integer, positive_integer
+
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(in_channels, channels, stride) -> a block, which has an attribute ``out_channels``."""
 
@@ -146,8 +148,7 @@ class ResidualNetwork(nn.Module):
     ):
         super().__init__()
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            positive_integer(name, value)
         self.in_channels = in_channels
         self.layer0 = make_stem(in_channels, width, imagenet=stem, preactivation=preactivation)
         channels = [width, 2 * width, 4 * width, 8 * width]
@@ -171,7 +172,9 @@ class ResidualNetwork(nn.Module):
 
 def check_stage_counts(name: str, counts: Sequence[int], minimum: int) -> tuple[int, ...]:
     """One integer per stage."""
-    counts = tuple(counts)
-    if len(counts) != 4 or any(count < minimum for count in counts):
-        raise ValueError(f"{name} must be four integers, one per stage, of at least {minimum}; got {counts}")
-    return counts
+    expected = f"{name} must be four integers, one per stage, of at least {minimum}"
+    if not isinstance(counts, Sequence) or not all(is_integer(count) for count in counts):
+        raise TypeError(f"{expected}; got {counts!r}")
+    if len(counts) != 4 or min(counts) < minimum:
+        raise ValueError(f"{expected}; got {counts}")
+    return tuple(counts)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import functional
+from vitfast.nn._checks import positive_integer
 from vitfast.nn._windows import apply_attention_maps, as_pair
 
 
@@ -63,9 +64,9 @@ class LocalAttention2d(nn.Module):
         if min(heads, dim_head) < 1:
             raise ValueError(f"heads and dim_head must be at least 1; got heads = {heads} and dim_head = {dim_head}")
         self.window_size = rows, columns = as_pair("window_size", window_size)
-        if k < 1 or rows % k or columns % k:
-            raise ValueError(f"k must be at least 1 and divide window_size = {self.window_size}; got {k}")
-        self.k = k
+        self.k = positive_integer("k", k)
+        if rows % k or columns % k:
+            raise ValueError(f"k must divide window_size = {self.window_size}; got {k}")
         self.dim_in = dim_in
         self.heads = heads
         self.dim_head = dim_head

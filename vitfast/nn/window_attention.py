@@ -135,7 +135,7 @@ class WindowAttention(nn.Module):
             TypeError: the mask is not floating point.
             ValueError: shapes do not fit; or a mask with a map, a shift with windows.
         """
-        shift = as_pair("shift_size", shift_size, minimum=0)
+        shift = self._check_shift(shift_size)
         qkv = self._project(x, mask, shift)
         if mask is None and not (self.training and self.attn_drop.p > 0):
             output = functional.window_attention_qkvpacked(
@@ -156,8 +156,15 @@ class WindowAttention(nn.Module):
         (B, windows, heads, N, M), windows and the tokens of each row by row, N queries and M keys; places outside the
         map are 0. Windows as input are maps of one window: (num_windows * B, 1, heads, N, M).
         """
-        shift = as_pair("shift_size", shift_size, minimum=0)
+        shift = self._check_shift(shift_size)
         return self._attention_maps(self._project(x, mask, shift), mask, shift)
+
+    def _check_shift(self, shift_size: int | tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the shift."""
+        shift = as_pair("shift_size", shift_size, minimum=0)
+        if any(s >= w for s, w in zip(shift, self.window_size, strict=True)):
+            raise ValueError(f"shift_size must be smaller than window_size = {self.window_size}; got {shift_size}")
+        return shift
 
     def _project(self, x: Tensor, mask: Tensor | None, shift: tuple[int, int]) -> Tensor:
         """The packed projection, (B, H, W, 3, heads, D), of checked input."""

@@ -244,6 +244,8 @@ def _read_cifar_folder(path: Path) -> dict[str, bytes]:
 def _read_archive(path: Path) -> dict[str, bytes]:
     wanted = {name for layout in _LAYOUTS for name in layout.files}
     try:
+        if not tarfile.is_tarfile(path):
+            raise DataError(f"{path} is not a tar archive; name a folder of images, or CIFAR's .tar.gz")
         with tarfile.open(path) as archive:
             return {
                 name: archive.extractfile(member).read()
