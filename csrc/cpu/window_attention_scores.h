@@ -33,7 +33,7 @@ void for_each_block(int64_t rows, F f) {
   }
 }
 
-// f(vector of `a`, vector of `b`, ...) for all values of a block.
+// Calls f(index of its first value) for every vector of a block's values.
 template <class T, class F>
 void for_each_vector(F f) {
 #pragma GCC unroll 4
@@ -209,6 +209,7 @@ struct Walk {
     return {problem.rows.queries(row), problem.columns.queries(column)};
   }
   Tokens keys(int64_t row, int64_t column) const { return {problem.rows.keys(row), problem.columns.keys(column)}; }
+
   // One value for each query of a window, from or to a map (B, heads, H, W).
   void gather_statistics(int64_t batch, int64_t head, const Tokens& tokens, const T* map, T* values) const {
     const int64_t width = tokens.columns.size;

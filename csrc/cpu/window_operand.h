@@ -87,11 +87,6 @@ void transpose_rows(Source src, int64_t rows, int64_t columns, T* dst, int64_t d
   }
 }
 
-enum class Access {
-  kVectors,    // rows of tokens, loaded or stored as vectors
-  kBroadcast,  // elements read one by one: the left factor of a product
-};
-
 // Fetches runs of memory into the caches, a few at a time, while other work goes on.
 class Prefetch {
  public:
