@@ -19,14 +19,15 @@ constexpr int tile_rows(int vectors) {
 }
 inline constexpr int kMostTileRows = tile_rows(1);
 
-// Rows of a matrix: row i begins at data + offset[i]; elements of a row are `step` apart.
+// Rows of a matrix: row i begins at data + offset[i], or at data + i if there is no table of offsets, as in a
+// transposed matrix; elements of a row are `step` apart.
 template <class T>
 struct Rows {
   T* data = nullptr;
   const int64_t* offset = nullptr;
   int64_t step = 1;
 
-  T* row(int64_t i) const { return data + offset[i]; }
+  T* row(int64_t i) const { return data + (offset == nullptr ? i : offset[i]); }
   operator Rows<const T>() const { return {data, offset, step}; }
 };
 
@@ -45,13 +46,14 @@ struct Product {
   int64_t plus_row = 0;
 };
 
-// R rows and V vectors of a product, from `first` and `column` on.
-template <class T, int R, int V>
+// R rows and V vectors of a product, from `first` and `column` on. The rows of A are kAdjacent if they have no table of
+// offsets: one pointer then serves them all.
+template <class T, int R, int V, bool kAdjacent>
 __attribute__((noinline)) void gemm_tile(const Product<T>& x, int64_t first, int64_t column) {
   constexpr int L = kLanes<T>;
   const T* a[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) a[r] = x.a.row(x.a_row + first + r);
+  for (int r = 0; r < R; ++r) a[r] = kAdjacent ? x.a.data + x.a_row + first : x.a.row(x.a_row + first + r);
   const T* b = x.b.data + column;
   const int64_t *offset = x.b.offset, *end = offset + x.depth;
   const int64_t step = x.a.step;
@@ -63,7 +65,7 @@ __attribute__((noinline)) void gemm_tile(const Product<T>& x, int64_t first, int
     for (int v = 0; v < V; ++v) bv[v] = load(row + v * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> av = broadcast(a[r][at]);
+      const Vec<T> av = broadcast(kAdjacent ? a[0][at + r] : a[r][at]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += av * bv[v];
     }
@@ -87,39 +89,49 @@ __attribute__((noinline)) void gemm_tile(const Product<T>& x, int64_t first, int
 template <class T>
 using GemmTile = void (*)(const Product<T>&, int64_t, int64_t);
 
-template <class T, int R, int V>
+template <class T, int R, int V, bool kAdjacent>
 constexpr GemmTile<T> gemm_tile_or_null() {
   if constexpr (R <= tile_rows(V)) {
-    return gemm_tile<T, R, V>;
+    return gemm_tile<T, R, V, kAdjacent>;
   } else {
     return nullptr;
   }
 }
 
-template <class T, int... I>
+template <class T, bool kAdjacent, int... I>
 inline GemmTile<T> gemm_tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
-  static constexpr GemmTile<T> kTiles[] = {gemm_tile_or_null<T, I / kTileVectors + 1, I % kTileVectors + 1>()...};
+  static constexpr GemmTile<T> kTiles[] = {
+      gemm_tile_or_null<T, I / kTileVectors + 1, I % kTileVectors + 1, kAdjacent>()...};
   return kTiles[(rows - 1) * kTileVectors + (vectors - 1)];
 }
 
 // The smallest count of parts that are no larger than `limit` when n is cut evenly.
 inline int64_t parts(int64_t n, int64_t limit) { return (n + limit - 1) / limit; }
 
+// Calls f(begin, size) on the smallest count of parts of n that are no larger than `limit`, cut evenly. Sizes have 32
+// bits because this runs for every product, and divides.
+template <class F>
+inline void for_each_part(uint32_t n, uint32_t limit, F f) {
+  if (n <= limit) return f(0, n);
+  const uint32_t count = (n + limit - 1) / limit, size = n / count, larger = n - size * count;
+  for (uint32_t part = 0, begin = 0; part < count; ++part) {
+    const uint32_t this_size = size + (part < larger ? 1 : 0);
+    f(begin, this_size);
+    begin += this_size;
+  }
+}
+
 // `rows` rows and `vectors` whole vectors of a product.
 template <class T>
 inline void gemm(int64_t rows, int64_t vectors, const Product<T>& product) {
-  const int64_t strips = parts(vectors, kTileVectors);
-  for (int64_t strip = 0, column = 0; strip < strips; ++strip) {
-    const int64_t width = (vectors - column) / (strips - strip);
-    const int64_t blocks = parts(rows, tile_rows(static_cast<int>(width)));
-    for (int64_t block = 0, first = 0; block < blocks; ++block) {
-      const int64_t height = (rows - first) / (blocks - block);
-      gemm_tile_for<T>(height, width, std::make_integer_sequence<int, kMostTileRows * kTileVectors>{})(
-          product, first, column * kLanes<T>);
-      first += height;
-    }
-    column += width;
-  }
+  for_each_part(vectors, kTileVectors, [&](int64_t strip, int64_t width) {
+    for_each_part(rows, tile_rows(static_cast<int>(width)), [&](int64_t first, int64_t height) {
+      constexpr auto all = std::make_integer_sequence<int, kMostTileRows * kTileVectors>{};
+      const auto tile = product.a.offset == nullptr ? gemm_tile_for<T, true>(height, width, all)
+                                                    : gemm_tile_for<T, false>(height, width, all);
+      tile(product, first, strip * kLanes<T>);
+    });
+  });
 }
 
 }  // namespace vitfast::cpu::VITFAST_ISA

@@ -165,23 +165,56 @@ inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
   }
 }
 
-// Transposes lanes x lanes values in registers: every step interleaves row r with row r + lanes / 2.
-template <class T, int... L>
-inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::integer_sequence<int, L...>) {
-  constexpr int n = kLanes<T>;
-  low = __builtin_shuffle(a, b, IntVec<T>{(L / 2 + (L % 2) * n)...});
-  high = __builtin_shuffle(a, b, IntVec<T>{(n / 2 + L / 2 + (L % 2) * n)...});
+// The elements of a 128-bit part of a vector, within which shuffles are cheapest.
+template <class T>
+inline constexpr int kPart = 16 / sizeof(T);
+
+// In every part, the lower (or upper) halves of x and y, element by element in turn.
+template <class T, bool kUpper, int... L>
+inline Vec<T> interleave(Vec<T> x, Vec<T> y, std::integer_sequence<int, L...>) {
+  constexpr int n = kLanes<T>, part = kPart<T>, from = kUpper ? part / 2 : 0;
+  return __builtin_shuffle(x, y, IntVec<T>{(L / part * part + from + L % part / 2 + L % 2 * n)...});
 }
 
+// The even (or odd) parts of x, then those of y.
+template <class T, bool kOdd, int... L>
+inline Vec<T> separate(Vec<T> x, Vec<T> y, std::integer_sequence<int, L...>) {
+  constexpr int n = kLanes<T>, part = kPart<T>, half = n / 2;
+  return __builtin_shuffle(x, y,
+                           IntVec<T>{(L / half * n + (L % half / part * 2 + (kOdd ? 1 : 0)) * part + L % part)...});
+}
+
+// Transposes lanes x lanes values in registers: first the squares that lie inside of parts, then the parts.
 template <class T>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-#pragma GCC unroll 4
-  for (int step = 1; step < n; step *= 2) {
+  constexpr int n = kLanes<T>, part = kPart<T>;
+  constexpr auto lanes = std::make_integer_sequence<int, n>{};
+#pragma GCC unroll 2
+  for (int step = 1; step < part; step *= 2) {
     Vec<T> next[n];
-#pragma GCC unroll 8
-    for (int r = 0; r < n / 2; ++r) {
-      interleave<T>(rows[r], rows[r + n / 2], next[2 * r], next[2 * r + 1], std::make_integer_sequence<int, n>{});
+#pragma GCC unroll 4
+    for (int square = 0; square < n; square += part) {
+#pragma GCC unroll 2
+      for (int r = 0; r < part / 2; ++r) {
+        const Vec<T> x = rows[square + r], y = rows[square + r + part / 2];
+        next[square + 2 * r] = interleave<T, false>(x, y, lanes);
+        next[square + 2 * r + 1] = interleave<T, true>(x, y, lanes);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < n; ++r) rows[r] = next[r];
+  }
+#pragma GCC unroll 2
+  for (int step = part; step < n; step *= 2) {
+    Vec<T> next[n];
+#pragma GCC unroll 2
+    for (int pair = 0; pair < n / 2; pair += part) {
+#pragma GCC unroll 4
+      for (int r = 0; r < part; ++r) {
+        const Vec<T> x = rows[2 * pair + r], y = rows[2 * pair + part + r];
+        next[pair + r] = separate<T, false>(x, y, lanes);
+        next[pair + n / 2 + r] = separate<T, true>(x, y, lanes);
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < n; ++r) rows[r] = next[r];

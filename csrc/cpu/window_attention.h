@@ -45,6 +45,7 @@ struct Axis {
   }
   Span keys(int64_t index) const {
     const Span span = queries(index);
+    if (ratio == 1) return span;
     return {span.begin / ratio, span.size / ratio, span.local / ratio};
   }
 };

@@ -26,6 +26,18 @@ auto task_at(const Tasks& tasks, const WindowAttentionProblem& problem, int64_t 
   return tasks.task(rest / problem.heads, rest % problem.heads, index % tasks.per_map());
 }
 
+// Computes the tasks from `begin` to `end`, telling each what comes next.
+template <class Window, class TaskAt>
+void run_tasks(Window& compute, int64_t begin, int64_t end, TaskAt task_at) {
+  if (begin == end) return;
+  auto current = task_at(begin);
+  for (int64_t i = begin; i < end; ++i) {
+    const auto next = i + 1 < end ? task_at(i + 1) : current;
+    compute(current, next);
+    current = next;
+  }
+}
+
 template <class Window>
 void forward_of(const WindowAttentionForward& call) {
   const WindowAttentionProblem& problem = call.problem;
@@ -35,8 +47,7 @@ void forward_of(const WindowAttentionForward& call) {
   parallel_for(problem.batch * problem.heads * tasks.per_map(), tasks.grain(), [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     Window compute(call, walk, Arena(scratch.data()));
-    const auto task = [&](int64_t i) { return task_at(tasks, problem, std::min(i, end - 1)); };
-    for (int64_t i = begin; i < end; ++i) compute(task(i), task(i + 1));
+    run_tasks(compute, begin, end, [&](int64_t i) { return task_at(tasks, problem, i); });
   });
 }
 
@@ -51,8 +62,7 @@ void backward_of(const WindowAttentionBackward& call) {
     parallel_for(problem.batch * problem.heads * tasks.per_map(), tasks.grain(), [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);
       Window compute(call, walk, Arena(scratch.data()));
-      const auto task = [&](int64_t i) { return task_at(tasks, problem, std::min(i, end - 1)); };
-      for (int64_t i = begin; i < end; ++i) compute(task(i), task(i + 1), nullptr);
+      run_tasks(compute, begin, end, [&](int64_t i) { return task_at(tasks, problem, i); });
     });
     return;
   }
@@ -62,14 +72,10 @@ void backward_of(const WindowAttentionBackward& call) {
     Window compute(call, walk, Arena(scratch.data()));
     for (int64_t run = begin; run < end; ++run) {
       const int64_t head = run / call.splits, split = run % call.splits, count = problem.batch * tasks.per_map();
-      const int64_t first = count * split / call.splits, last = count * (split + 1) / call.splits - 1;
-      const auto task = [&](int64_t i) {
-        i = std::min(i, last);
-        return tasks.task(i / tasks.per_map(), head, i % tasks.per_map());
-      };
-      T* sum = static_cast<T*>(call.bias_grad) + run * bias_size;
-      std::fill_n(sum, bias_size, T{0});
-      for (int64_t i = first; i <= last; ++i) compute(task(i), task(i + 1), sum);
+      compute.bias_grad().begin();
+      run_tasks(compute, count * split / call.splits, count * (split + 1) / call.splits,
+                [&](int64_t i) { return tasks.task(i / tasks.per_map(), head, i % tasks.per_map()); });
+      compute.bias_grad().finish(static_cast<T*>(call.bias_grad) + run * bias_size);
     }
   });
 }

@@ -2,11 +2,12 @@
 //
 // The vectors of all products run along tokens, as the maps do, so that no map is transposed:
 //
-//   S = Q K^T        from the planes of Q and K          O^T = V^T P^T         dQ^T = scale K^T dS^T
-//   dP = G V^T       from the planes of G and V          dK^T = scale Q^T dS   dV^T = G^T P
+//   S^T = K Q^T      from the planes of K and Q          O^T = V^T P^T         dQ^T = scale K^T dS^T
+//   dP^T = V G^T     from the planes of V and G          dK^T = scale Q^T dS   dV^T = G^T P
 //
-// Only P in the forward and dS in the backward are transposed, in scratch. A lone token (see Columns) is a lone column
-// of every product here, of S for the keys and of O^T for the queries.
+// The scores stand transposed, [keys][queries]: the softmax then runs down the columns, lane by lane, and P^T is what
+// the output needs. Only the backward transposes, P and dS in scratch. A lone token (see Columns) is a lone column of
+// every product: the lone query of S^T, O^T and dQ^T, the lone key of dK^T and dV^T.
 #pragma once
 
 #include "cpu/window_attention_scores.h"
@@ -109,6 +110,136 @@ class PlaneProducts {
   T *last_token_, *other_last_token_;  // [D]
 };
 
+// The bias of one head as the current window sees it, transposed: rows of keys, columns of queries.
+template <class T>
+class TransposedBias {
+ public:
+  TransposedBias(const Walk<T>& walk, Arena& arena)
+      : problem_(walk.problem),
+        rows_(walk, false, arena),
+        copy_(walk.most_keys, round_up(walk.most_queries, kLanes<T>), arena),
+        lone_query_(arena.take<T>(walk.padded_keys)) {}
+
+  void select(int64_t head, const Tokens& queries, const Tokens& keys) {
+    if (problem_.bias == nullptr) return;
+    const int64_t bias_head = problem_.bias_shared ? 0 : head;
+    const int kind = window_kind(problem_, queries);
+    if (bias_head == head_ && kind == kind_) return;
+    head_ = bias_head;
+    kind_ = kind;
+    rows_.select(head, queries, keys);
+    const Rows<const T> rows = rows_.rows();
+    const int64_t n = queries.count(), m = keys.count();
+    transpose_rows<T>([&](int64_t i) { return rows.row(i); }, Columns<T>(n).in_vectors(), m, copy_.row(0),
+                      copy_.columns());
+    std::copy_n(rows.row(n - 1), m, lone_query_);
+  }
+
+  // Nothing if there is no bias.
+  Rows<const T> rows() const { return problem_.bias == nullptr ? Rows<const T>{} : Rows<const T>(copy_.rows()); }
+  // The last query's scores, [keys].
+  const T* last_query() const { return problem_.bias == nullptr ? nullptr : lone_query_; }
+
+ private:
+  const WindowAttentionProblem& problem_;
+  WindowBias<T> rows_;
+  Matrix<T> copy_;
+  T* lone_query_;
+  int64_t head_ = -1;
+  int kind_ = -1;  // of the window that the copy was made for
+};
+
+// scores <- scale scores + bias, and -inf behind the last key, up to a whole vector.
+template <class T>
+void finish_lone_query(T* scores, T scale, const T* bias, int64_t keys) {
+  for (int64_t j = 0; j < keys; ++j) scores[j] = scores[j] * scale + (bias == nullptr ? T{0} : bias[j]);
+  std::fill(scores + keys, scores + round_up(keys, kLanes<T>), -std::numeric_limits<T>::infinity());
+}
+
+template <class T>
+T sum_of_lanes(Vec<T> x) {
+  T sum{};
+  for (int l = 0; l < kLanes<T>; ++l) sum += x[l];
+  return sum;
+}
+
+// S^T <- P^T = softmax over the keys, down the columns; `lone` is the lone query's column, with -inf behind the last
+// key. lse [queries] is written if not null.
+template <class T>
+void softmax_columns(const Matrix<T>& scores, int64_t keys, const Columns<T>& queries, T* lone, T* lse) {
+  constexpr int L = kLanes<T>;
+  for (int64_t column = 0; column < queries.width(); column += L) {
+    Vec<T> top = load(scores.row(0) + column);
+    for (int64_t j = 1; j < keys; ++j) top = max<T>(top, load(scores.row(j) + column));
+    Vec<T> sum{};
+    for (int64_t j = 0; j < keys; ++j) {
+      T* at = scores.row(j) + column;
+      const Vec<T> p = exp2_nonpositive<T>((load(at) - top) * kLog2E<T>);
+      store(at, p);
+      sum += p;
+    }
+    const Vec<T> factor = T{1} / sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      T* at = scores.row(j) + column;
+      store(at, load(at) * factor);
+    }
+    if (lse != nullptr) store(lse + column, top + log_positive<T>(sum));
+  }
+  if (!queries.lone) return;
+  T top = lone[0];
+  for (int64_t j = 1; j < keys; ++j) top = lone[j] > top || lone[j] != lone[j] ? lone[j] : top;
+  Vec<T> sums{};
+  for (int64_t j = 0; j < keys; j += L) {
+    const Vec<T> p = exp2_nonpositive<T>((load(lone + j) - top) * kLog2E<T>);
+    store(lone + j, p);
+    sums += p;
+  }
+  const T sum = sum_of_lanes<T>(sums), factor = T{1} / sum;
+  for (int64_t j = 0; j < keys; j += L) store(lone + j, load(lone + j) * factor);
+  if (lse != nullptr) lse[queries.last()] = top + log_positive<T>(broadcast(sum))[0];
+}
+
+// S^T <- P^T = exp(S^T - lse) and dP^T <- dS^T = P^T (dP^T - colsum(P^T dP^T)); `lone` and `lone_grad` are the lone
+// query's columns. As in `softmax_backward`, P is divided by its sum.
+template <class T>
+void softmax_columns_backward(const Matrix<T>& scores, const Matrix<T>& scores_grad, int64_t keys,
+                              const Columns<T>& queries, const T* lse, T* lone, T* lone_grad) {
+  constexpr int L = kLanes<T>;
+  for (int64_t column = 0; column < queries.width(); column += L) {
+    const Vec<T> column_lse = load(lse + column);
+    Vec<T> sum{}, product{};
+    for (int64_t j = 0; j < keys; ++j) {
+      T* at = scores.row(j) + column;
+      const Vec<T> p = exp2_nonpositive<T>((load(at) - column_lse) * kLog2E<T>);
+      store(at, p);
+      sum += p;
+      product += p * load(scores_grad.row(j) + column);
+    }
+    const Vec<T> factor = T{1} / sum, delta = product / sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      T *at = scores.row(j) + column, *at_grad = scores_grad.row(j) + column;
+      const Vec<T> p = load(at) * factor;
+      store(at, p);
+      store(at_grad, p * (load(at_grad) - delta));
+    }
+  }
+  if (!queries.lone) return;
+  const T lone_lse = lse[queries.last()];
+  Vec<T> sums{}, products{};
+  for (int64_t j = 0; j < keys; j += L) {
+    const Vec<T> p = exp2_nonpositive<T>((load(lone + j) - lone_lse) * kLog2E<T>);
+    store(lone + j, p);
+    sums += p;
+    products += p * load(lone_grad + j);
+  }
+  const T sum = sum_of_lanes<T>(sums), delta = sum_of_lanes<T>(products) / sum;
+  for (int64_t j = 0; j < keys; j += L) {
+    const Vec<T> p = load(lone + j) / sum;
+    store(lone + j, p);
+    store(lone_grad + j, p * (load(lone_grad + j) - delta));
+  }
+}
+
 template <class S>
 class ForwardPlanes {
  public:
@@ -124,11 +255,9 @@ class ForwardPlanes {
         out_(call.out, walk.problem.dim, walk.most_queries, Tasks::most_windows(walk), arena),
         bias_(walk, arena),
         products_(walk, arena),
-        probabilities_(walk.most_queries, walk.padded_keys, arena),
-        transposed_(walk.most_keys, round_up(walk.most_queries, kLanes<T>), arena),
-        lone_key_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
+        scores_(walk.most_keys, round_up(walk.most_queries, kLanes<T>), arena),
         lone_query_(arena.take<T>(walk.padded_keys)),
-        window_lse_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
+        window_lse_(arena.take<T>(round_up(walk.most_queries, kLanes<T>))),
         bytes_(arena.used()) {}
 
   int64_t bytes() const { return bytes_; }
@@ -142,15 +271,14 @@ class ForwardPlanes {
     bias_.select(strip.head, query_tokens, key_tokens);
     for (TokenPlanes<S>* map : {&query_, &key_, &value_}) map->gather();
     const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
-    Prefetch prefetch[] = {query_.prefetch(next, next_queries), key_.prefetch(next, next_keys),
-                           value_.prefetch(next, next_keys), out_.prefetch(strip, query_tokens)};
+    const int64_t steps = strip.windows * (parts(key_tokens.count(), kBlockRows) + 1);
+    Prefetch prefetch[] = {query_.prefetch(next, next_queries, steps), key_.prefetch(next, next_keys, steps),
+                           value_.prefetch(next, next_keys, steps), out_.prefetch(strip, query_tokens, steps)};
     const Columns<T> queries(query_tokens.count()), keys(key_tokens.count());
-    probabilities_.set_columns(round_up(keys.count, kLanes<T>));
-    transposed_.set_columns(queries.width());
     for (int64_t window = 0; window < strip.windows; ++window) {
       for (TokenPlanes<S>* map : {&query_, &key_, &value_, &out_}) map->select_window(window);
-      attend(queries, keys, [&](int64_t done) {
-        for (Prefetch& map : prefetch) map.advance<2>(window * queries.count + done, strip.windows * queries.count);
+      attend(queries, keys, [&] {
+        for (Prefetch& map : prefetch) map.advance(false);
       });
       if (lse_ != nullptr) {
         walk_.scatter_statistics(strip.batch, strip.head, walk_.queries(strip.row, strip.column + window), window_lse_,
@@ -161,61 +289,33 @@ class ForwardPlanes {
   }
 
  private:
-  // Calls `meanwhile` with the number of queries that are done, now and then.
+  // Calls `meanwhile` after every block of keys and once more.
   template <class F>
   void attend(const Columns<T>& queries, const Columns<T>& keys, F meanwhile) {
     const int64_t dim = walk_.problem.dim;
-    if (keys.lone) products_.lone_column(query_, queries, key_, keys.last(), lone_key_);
-    for_each_block(queries.count, [&](int64_t first, int64_t height) {
-      gemm<T>(height, keys.vectors,
-              {dim, query_.transposed(), first, key_.rows(), probabilities_.rows(), first, products_.scale(), nullptr,
+    for_each_block(keys.count, [&](int64_t first, int64_t height) {
+      gemm<T>(height, queries.vectors,
+              {dim, key_.transposed(), first, query_.rows(), scores_.rows(), first, products_.scale(), nullptr,
                bias_.rows(), first});
-      BlockValues<T> lone;
-      if (keys.lone) {
-        for_each_vector<T>([&](int i) { store(lone.data + i, load(lone_key_ + first + i)); });
-        add_bias(lone, products_.scale(), bias_.lone() + first);
-      }
-      const SoftmaxStatistics<T> statistics = exponentiate(probabilities_, first, height, keys, lone);
-      normalize(first, height, keys, statistics, lone);
-      meanwhile(first + height);
+      meanwhile();
     });
-    transpose_rows<T>([&](int64_t i) { return probabilities_.row(i); }, queries.in_vectors(), keys.in_vectors(),
-                      transposed_.row(0), queries.width());
     if (queries.lone) {
-      std::copy_n(probabilities_.row(queries.last()), keys.count, lone_query_);
-      std::fill(lone_query_ + keys.count, lone_query_ + round_up(keys.count, kLanes<T>), T{0});
+      products_.lone_column(key_, keys, query_, queries.last(), lone_query_);
+      finish_lone_query(lone_query_, products_.scale(), bias_.last_query(), keys.count);
     }
-    products_.product(value_.rows(), keys.count, transposed_.rows(), queries, lone_query_, T{1}, out_.rows());
-  }
-
-  // Divides a block of rows by their sums; the lone key's column goes where the transposed matrix has it.
-  void normalize(int64_t first, int64_t height, const Columns<T>& keys, const SoftmaxStatistics<T>& statistics,
-                 const BlockValues<T>& lone) {
-    BlockValues<T> factor;
-    for_each_vector<T>([&](int i) {
-      const Vec<T> sum = load(statistics.sum.data + i), inverse = T{1} / sum;
-      store(factor.data + i, inverse);
-      if (keys.lone) store(transposed_.row(keys.last()) + first + i, load(lone.data + i) * inverse);
-      if (lse_ != nullptr) store(window_lse_ + first + i, load(statistics.top.data + i) + log_positive<T>(sum));
-    });
-    for (int64_t r = 0; r < height; ++r) {
-      T* row = probabilities_.row(first + r);
-      const Vec<T> inverse = broadcast(factor[r]);
-      for (int64_t v = 0; v < keys.width(); v += kLanes<T>) store(row + v, load(row + v) * inverse);
-      if (keys.lone) row[keys.last()] *= factor[r];
-    }
+    softmax_columns(scores_, keys.count, queries, lone_query_, lse_ == nullptr ? nullptr : window_lse_);
+    meanwhile();
+    products_.product(value_.rows(), keys.count, scores_.rows(), queries, lone_query_, T{1}, out_.rows());
   }
 
   const Walk<T>& walk_;
   T* lse_;
   TokenPlanes<S> query_, key_, value_, out_;
-  WindowBias<T> bias_;
+  TransposedBias<T> bias_;
   PlaneProducts<T> products_;
-  Matrix<T> probabilities_;  // [queries][keys]
-  Matrix<T> transposed_;     // [keys][queries but the lone one]
-  T* lone_key_;              // [queries], of Q K^T
-  T* lone_query_;            // [keys], of P
-  T* window_lse_;            // [queries]
+  Matrix<T> scores_;  // S^T and P^T, [keys][queries but the lone one]
+  T* lone_query_;     // [keys], of P
+  T* window_lse_;     // [queries]
   int64_t bytes_;
 };
 
@@ -236,22 +336,25 @@ class BackwardPlanes {
         grad_key_(call.grad_key, walk.problem.dim, walk.most_keys, Tasks::most_windows(walk), arena),
         grad_value_(call.grad_value, walk.problem.dim, walk.most_keys, Tasks::most_windows(walk), arena),
         bias_(walk, arena),
+        bias_grad_(walk, call.bias_grad != nullptr, arena),
+        wants_bias_grad_(call.bias_grad != nullptr),
         products_(walk, arena),
-        probabilities_(walk.most_queries, walk.padded_keys, arena),
-        scores_grad_(walk.most_queries, walk.padded_keys, arena),
         transposed_(walk.most_keys, round_up(walk.most_queries, kLanes<T>), arena),
-        lone_key_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
-        lone_key_grad_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
+        transposed_grad_(walk.most_keys, round_up(walk.most_queries, kLanes<T>), arena),
+        rows_(walk.most_queries, walk.padded_keys, arena),
+        lone_query_(arena.take<T>(walk.padded_keys)),
         lone_query_grad_(arena.take<T>(walk.padded_keys)),
-        window_lse_(arena.take<T>(walk.most_queries + kBlockValues<T>)),
+        lone_key_(arena.take<T>(round_up(walk.most_queries, kLanes<T>))),
+        window_lse_(arena.take<T>(round_up(walk.most_queries, kLanes<T>))),
         bytes_(arena.used()) {
-    if (arena.holds_memory()) std::fill_n(window_lse_, walk.most_queries + kBlockValues<T>, T{0});
+    if (arena.holds_memory()) std::fill_n(window_lse_, round_up(walk.most_queries, kLanes<T>), T{0});
   }
 
   int64_t bytes() const { return bytes_; }
 
-  // bias_sum, if not null, is what the gradients of the scores are added to.
-  void operator()(const Strip& strip, const Strip& next, T* bias_sum) {
+  BiasGrad<T>& bias_grad() { return bias_grad_; }
+
+  void operator()(const Strip& strip, const Strip& next) {
     const Tokens query_tokens = walk_.queries(strip.row, strip.column),
                  key_tokens = walk_.keys(strip.row, strip.column);
     for (TokenPlanes<S>* map : {&grad_, &query_, &grad_query_}) map->select(strip, query_tokens);
@@ -259,87 +362,90 @@ class BackwardPlanes {
     bias_.select(strip.head, query_tokens, key_tokens);
     for (TokenPlanes<S>* map : {&grad_, &query_, &key_, &value_}) map->gather();
     const Tokens next_queries = walk_.queries(next.row, next.column), next_keys = walk_.keys(next.row, next.column);
-    Prefetch prefetch[] = {grad_.prefetch(next, next_queries),
-                           query_.prefetch(next, next_queries),
-                           key_.prefetch(next, next_keys),
-                           value_.prefetch(next, next_keys),
-                           grad_query_.prefetch(strip, query_tokens),
-                           grad_key_.prefetch(strip, key_tokens),
-                           grad_value_.prefetch(strip, key_tokens)};
+    const int64_t steps = strip.windows * (parts(key_tokens.count(), kBlockRows) + 3);
+    Prefetch prefetch[] = {grad_.prefetch(next, next_queries, steps),
+                           query_.prefetch(next, next_queries, steps),
+                           key_.prefetch(next, next_keys, steps),
+                           value_.prefetch(next, next_keys, steps),
+                           grad_query_.prefetch(strip, query_tokens, steps),
+                           grad_key_.prefetch(strip, key_tokens, steps),
+                           grad_value_.prefetch(strip, key_tokens, steps)};
     const Columns<T> queries(query_tokens.count()), keys(key_tokens.count());
-    for (Matrix<T>* matrix : {&probabilities_, &scores_grad_}) matrix->set_columns(round_up(keys.count, kLanes<T>));
-    transposed_.set_columns(queries.width());
     for (int64_t window = 0; window < strip.windows; ++window) {
       for (TokenPlanes<S>* map : {&grad_, &query_, &key_, &value_, &grad_query_, &grad_key_, &grad_value_}) {
         map->select_window(window);
       }
       walk_.gather_statistics(strip.batch, strip.head, walk_.queries(strip.row, strip.column + window), lse_,
                               window_lse_);
-      differentiate(queries, keys, bias_sum, [&](int64_t done) {
-        for (Prefetch& map : prefetch) map.advance<2>(window * queries.count + done, strip.windows * queries.count);
+      if (wants_bias_grad_) bias_grad_.select(query_tokens, key_tokens);
+      differentiate(queries, keys, [&] {
+        for (Prefetch& map : prefetch) map.advance(false);
       });
     }
     for (TokenPlanes<S>* map : {&grad_query_, &grad_key_, &grad_value_}) map->scatter();
   }
 
  private:
+  // Calls `meanwhile` after every block of keys and three times more.
   template <class F>
-  void differentiate(const Columns<T>& queries, const Columns<T>& keys, T* bias_sum, F meanwhile) {
+  void differentiate(const Columns<T>& queries, const Columns<T>& keys, F meanwhile) {
     const int64_t n = queries.count, m = keys.count, dim = walk_.problem.dim;
-    if (keys.lone) {
-      products_.lone_column(query_, queries, key_, keys.last(), lone_key_);
-      products_.lone_column(grad_, queries, value_, keys.last(), lone_key_grad_);
-    }
-    for_each_block(n, [&](int64_t first, int64_t height) {
-      gemm<T>(height, keys.vectors,
-              {dim, query_.transposed(), first, key_.rows(), probabilities_.rows(), first, products_.scale(), nullptr,
+    for_each_block(m, [&](int64_t first, int64_t height) {
+      gemm<T>(height, queries.vectors,
+              {dim, key_.transposed(), first, query_.rows(), transposed_.rows(), first, products_.scale(), nullptr,
                bias_.rows(), first});
-      gemm<T>(height, keys.vectors, {dim, grad_.transposed(), first, value_.rows(), scores_grad_.rows(), first, T{1}});
-      BlockValues<T> lone, lone_grad, lse;
-      for_each_vector<T>([&](int i) {
-        store(lse.data + i, load(window_lse_ + first + i));
-        if (!keys.lone) return;
-        store(lone.data + i, load(lone_key_ + first + i));
-        store(lone_grad.data + i, load(lone_key_grad_ + first + i));
-      });
-      if (keys.lone) add_bias(lone, products_.scale(), bias_.lone() + first);
-      softmax_backward(probabilities_, scores_grad_, first, height, keys, lse, lone, lone_grad);
-      if (keys.lone) {
-        for (int64_t r = 0; r < height; ++r) {
-          lone_key_[first + r] = lone[r];
-          lone_key_grad_[first + r] = lone_grad[r];
-          transposed_.row(keys.last())[first + r] = lone_grad[r];
-        }
-      }
-      if (bias_sum != nullptr) bias_.add_grad(bias_sum, scores_grad_, first, height);
-      meanwhile(first + height);
+      gemm<T>(height, queries.vectors,
+              {dim, value_.transposed(), first, grad_.rows(), transposed_grad_.rows(), first, T{1}});
+      meanwhile();
     });
-    if (keys.lone) {
-      std::fill(lone_key_ + n, lone_key_ + round_up(n, kLanes<T>), T{0});
-      std::fill(lone_key_grad_ + n, lone_key_grad_ + round_up(n, kLanes<T>), T{0});
-    }
     if (queries.lone) {
-      std::copy_n(scores_grad_.row(queries.last()), m, lone_query_grad_);
+      products_.lone_column(key_, keys, query_, queries.last(), lone_query_);
+      finish_lone_query(lone_query_, products_.scale(), bias_.last_query(), m);
+      products_.lone_column(value_, keys, grad_, queries.last(), lone_query_grad_);
       std::fill(lone_query_grad_ + m, lone_query_grad_ + round_up(m, kLanes<T>), T{0});
     }
-    transpose_rows<T>([&](int64_t i) { return scores_grad_.row(i); }, queries.in_vectors(), keys.in_vectors(),
-                      transposed_.row(0), queries.width());
-    products_.product(key_.rows(), m, transposed_.rows(), queries, lone_query_grad_, products_.scale(),
+    softmax_columns_backward(transposed_, transposed_grad_, m, queries, window_lse_, lone_query_, lone_query_grad_);
+    meanwhile();
+    products_.product(key_.rows(), m, transposed_grad_.rows(), queries, lone_query_grad_, products_.scale(),
                       grad_query_.rows());
-    products_.product(query_.rows(), n, scores_grad_.rows(), keys, lone_key_grad_, products_.scale(), grad_key_.rows());
-    products_.product(grad_.rows(), n, probabilities_.rows(), keys, lone_key_, T{1}, grad_value_.rows());
+    meanwhile();
+    product_over_queries(query_, transposed_grad_, lone_query_grad_, queries, keys, products_.scale(), grad_key_);
+    if (wants_bias_grad_) bias_grad_.add(rows_, 0, n, keys);
+    meanwhile();
+    product_over_queries(grad_, transposed_, lone_query_, queries, keys, T{1}, grad_value_);
+  }
+
+  // result = alpha a x, [D][keys] = [D][queries] [queries][keys]; x is given transposed, the lone query apart, and is
+  // left in rows_.
+  void product_over_queries(const TokenPlanes<S>& a, const Matrix<T>& transposed, const T* lone_query,
+                            const Columns<T>& queries, const Columns<T>& keys, T alpha, const TokenPlanes<S>& result) {
+    const int64_t n = queries.count, m = keys.count;
+    transpose_rows<T>([&](int64_t j) { return transposed.row(j); }, keys.in_vectors(), queries.in_vectors(),
+                      rows_.row(0), rows_.columns());
+    if (queries.lone) std::copy_n(lone_query, m, rows_.row(queries.last()));
+    if (keys.lone) {
+      const T* last = transposed.row(keys.last());
+      for (int64_t i = 0; i < n; ++i) {
+        lone_key_[i] = queries.lone && i == queries.last() ? lone_query[keys.last()] : last[i];
+        rows_.row(i)[keys.last()] = lone_key_[i];
+      }
+      std::fill(lone_key_ + n, lone_key_ + round_up(n, kLanes<T>), T{0});
+    }
+    products_.product(a.rows(), n, rows_.rows(), keys, lone_key_, alpha, result.rows());
   }
 
   const Walk<T>& walk_;
   const T* lse_;
   TokenPlanes<S> grad_, query_, key_, value_, grad_query_, grad_key_, grad_value_;
-  WindowBias<T> bias_;
+  TransposedBias<T> bias_;
+  BiasGrad<T> bias_grad_;
+  bool wants_bias_grad_;
   PlaneProducts<T> products_;
-  Matrix<T> probabilities_, scores_grad_;  // [queries][keys]
-  Matrix<T> transposed_;                   // dS^T, [keys][queries but the lone one]
-  T *lone_key_, *lone_key_grad_;           // [queries], of P and dS
-  T* lone_query_grad_;                     // [keys], of dS
-  T* window_lse_;                          // [queries]
+  Matrix<T> transposed_, transposed_grad_;  // S^T and P^T, dP^T and dS^T, [keys][queries but the lone one]
+  Matrix<T> rows_;                          // dS or P, [queries][keys]
+  T *lone_query_, *lone_query_grad_;        // [keys], of P and dS
+  T* lone_key_;                             // [queries], of dS or P
+  T* window_lse_;                           // [queries]
   int64_t bytes_;
 };
 

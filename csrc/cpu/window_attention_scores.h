@@ -25,12 +25,7 @@ struct BlockValues {
 // Calls f(first row, rows) on blocks of at most kBlockRows rows, cut evenly.
 template <class F>
 void for_each_block(int64_t rows, F f) {
-  const int64_t blocks = parts(rows, kBlockRows);
-  for (int64_t block = 0, first = 0; block < blocks; ++block) {
-    const int64_t height = (rows - first) / (blocks - block);
-    f(first, height);
-    first += height;
-  }
+  for_each_part(rows, kBlockRows, [&](int64_t first, int64_t height) { f(first, height); });
 }
 
 // Calls f(index of its first value) for every vector of a block's values.
@@ -91,6 +86,22 @@ void add_bias(BlockValues<T>& x, T scale, const T* bias) {
 
 // ---- softmax of a block of rows -----------------------------------------------------------------------------------
 
+// Calls f with the number of vectors in a row as a constant, or with 0 where it is none of the most frequent: the
+// loops over a row are then unrolled.
+template <class F>
+void with_count(int64_t vectors, F f) {
+  switch (vectors) {
+    case 1:
+      return f(std::integral_constant<int, 1>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    default:
+      return f(std::integral_constant<int, 0>());
+  }
+}
+
 template <class T>
 struct SoftmaxStatistics {
   BlockValues<T> top, sum;
@@ -101,31 +112,36 @@ template <class T>
 SoftmaxStatistics<T> exponentiate(const Matrix<T>& scores, int64_t first, int64_t height, const Columns<T>& columns,
                                   BlockValues<T>& lone) {
   constexpr int L = kLanes<T>;
-  BlockVectors<T> rows(height);
-  for (int64_t r = 0; r < height; ++r) {
-    const T* row = scores.row(first + r);
-    Vec<T> larger = load(row);
-    for (int64_t v = 1; v < columns.vectors; ++v) larger = max<T>(larger, load(row + v * L));
-    rows.row[r] = larger;
-  }
   SoftmaxStatistics<T> result;
-  result.top = reduce_block_max<T>(rows);
-  if (columns.lone) {
-    for_each_vector<T>(
-        [&](int i) { store(result.top.data + i, max<T>(load(result.top.data + i), load(lone.data + i))); });
-  }
-  for (int64_t r = 0; r < height; ++r) {
-    T* row = scores.row(first + r);
-    const Vec<T> top = broadcast(result.top[r]);
-    Vec<T> sum{};
-    for (int64_t v = 0; v < columns.vectors; ++v) {
-      const Vec<T> p = exp2_nonpositive<T>((load(row + v * L) - top) * kLog2E<T>);
-      store(row + v * L, p);
-      sum += p;
+  with_count(columns.vectors, [&](auto count) {
+    const int64_t vectors = count == 0 ? columns.vectors : count;
+    BlockVectors<T> rows(height);
+    for (int64_t r = 0; r < height; ++r) {
+      const T* row = scores.row(first + r);
+      Vec<T> larger = load(row);
+#pragma GCC unroll 3
+      for (int64_t v = 1; v < vectors; ++v) larger = max<T>(larger, load(row + v * L));
+      rows.row[r] = larger;
     }
-    rows.row[r] = sum;
-  }
-  result.sum = reduce_block_add<T>(rows);
+    result.top = reduce_block_max<T>(rows);
+    if (columns.lone) {
+      for_each_vector<T>(
+          [&](int i) { store(result.top.data + i, max<T>(load(result.top.data + i), load(lone.data + i))); });
+    }
+    for (int64_t r = 0; r < height; ++r) {
+      T* row = scores.row(first + r);
+      const Vec<T> top = broadcast(result.top[r]);
+      Vec<T> sum{};
+#pragma GCC unroll 3
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Vec<T> p = exp2_nonpositive<T>((load(row + v * L) - top) * kLog2E<T>);
+        store(row + v * L, p);
+        sum += p;
+      }
+      rows.row[r] = sum;
+    }
+    result.sum = reduce_block_add<T>(rows);
+  });
   if (columns.lone) {
     for_each_vector<T>([&](int i) {
       const Vec<T> p = exp2_nonpositive<T>((load(lone.data + i) - load(result.top.data + i)) * kLog2E<T>);
@@ -202,13 +218,14 @@ struct Walk {
         window_columns(p.columns.windows()),
         most_queries(p.rows.most_queries() * p.columns.most_queries()),
         most_keys(most_queries / (p.rows.ratio * p.columns.ratio)),
-        padded_keys(round_up(most_keys, kLanes<T>)) {}
+        padded_keys(round_up(most_keys, kLanes<T>)) {
+    for (int64_t i = 0; i < window_rows; ++i) rows_.push_back({p.rows.queries(i), p.rows.keys(i)});
+    for (int64_t i = 0; i < window_columns; ++i) columns_.push_back({p.columns.queries(i), p.columns.keys(i)});
+  }
 
   // Of the window in a row and column of the grid of windows.
-  Tokens queries(int64_t row, int64_t column) const {
-    return {problem.rows.queries(row), problem.columns.queries(column)};
-  }
-  Tokens keys(int64_t row, int64_t column) const { return {problem.rows.keys(row), problem.columns.keys(column)}; }
+  Tokens queries(int64_t row, int64_t column) const { return {rows_[row].queries, columns_[column].queries}; }
+  Tokens keys(int64_t row, int64_t column) const { return {rows_[row].keys, columns_[column].keys}; }
 
   // One value for each query of a window, from or to a map (B, heads, H, W).
   void gather_statistics(int64_t batch, int64_t head, const Tokens& tokens, const T* map, T* values) const {
@@ -235,127 +252,149 @@ struct Walk {
     return ((batch * problem.heads + head) * problem.rows.size + tokens.rows.begin + y) * problem.columns.size +
            tokens.columns.begin;
   }
+
+  struct Spans {
+    Span queries, keys;
+  };
+  std::vector<Spans> rows_, columns_;  // of the grid of windows
 };
 
-// The bias of one head as the current window sees it: rows of queries, columns of keys. The bias of a full window is
-// used where it lies. A window that is cut off has pieces of its rows, which are copied side by side; columns without a
-// key hold -inf, so that their probability is 0.
+// ---- bias ---------------------------------------------------------------------------------------------------------
+
+// The ways in which the edges of the map cut windows. Along an axis only the first and the last window can differ from
+// the others, so there are at most nine; windows of one kind see the same part of the bias.
+inline constexpr int kWindowKinds = 9;
+
+inline int window_kind(const WindowAttentionProblem& problem, const Tokens& queries) {
+  const auto along = [](const Axis& axis, const Span& span) {
+    if (span.size == axis.window) return 1;
+    return span.local > 0 ? 0 : 2;
+  };
+  return 3 * along(problem.rows, queries.rows) + along(problem.columns, queries.columns);
+}
+
+// Calls f(queries, keys) with the tokens of one window of every kind, of some kinds more than once.
+template <class T, class F>
+void for_each_window_kind(const Walk<T>& walk, F f) {
+  const auto some = [](int64_t windows) {
+    return std::array<int64_t, 3>{0, std::min<int64_t>(1, windows - 1), windows - 1};
+  };
+  for (const int64_t row : some(walk.window_rows)) {
+    for (const int64_t column : some(walk.window_columns)) f(walk.queries(row, column), walk.keys(row, column));
+  }
+}
+
+// Where the scores of a window lie in the bias of a whole window.
+struct BiasPart {
+  Tokens queries, keys;
+  int64_t query_width, key_width, window_keys;  // of a whole window
+
+  BiasPart(const WindowAttentionProblem& problem, const Tokens& window_queries, const Tokens& window_keys_)
+      : queries(window_queries),
+        keys(window_keys_),
+        query_width(problem.columns.window),
+        key_width(problem.columns.window / problem.columns.ratio),
+        window_keys(problem.keys()) {}
+
+  // Calls f(i, place of the first key's value) for every query i.
+  template <class F>
+  void for_each_query(F f) const {
+    const int64_t first_key = keys.rows.local * key_width + keys.columns.local;
+    for (int64_t y = 0, i = 0; y < queries.rows.size; ++y) {
+      for (int64_t x = 0; x < queries.columns.size; ++x, ++i) {
+        f(i, ((queries.rows.local + y) * query_width + queries.columns.local + x) * window_keys + first_key);
+      }
+    }
+  }
+  // The keys' values lie in `runs` runs of `run` values, key_width apart.
+  bool one_run() const { return keys.columns.size == key_width; }
+  int64_t runs() const { return one_run() ? 1 : keys.rows.size; }
+  int64_t run() const { return one_run() ? keys.count() : keys.columns.size; }
+};
+
+// The bias of one head as the current window sees it: rows of queries, columns of keys. The bias of a whole window is
+// used where it lies. A window that is cut has pieces of its rows, which are copied side by side; columns without a key
+// hold -inf, so that their probability is 0.
+//
+// With `keep`, there is room for the copies of all kinds of windows, and they serve until the head changes.
 template <class T>
 class WindowBias {
  public:
-  WindowBias(const Walk<T>& walk, Arena& arena)
-      : problem_(walk.problem),
-        most_queries_(walk.most_queries),
-        copy_(arena.take<T>(most_copied(walk) + kLanes<T>)),
-        offset_(arena.take<int64_t>(walk.most_queries)),
-        lone_(arena.take<T>(walk.most_queries + kBlockValues<T>)) {
-    if (!arena.holds_memory()) return;
-    std::fill_n(offset_, walk.most_queries, int64_t{0});
-    std::fill_n(lone_, walk.most_queries + kBlockValues<T>, T{0});
+  WindowBias(const Walk<T>& walk, bool keep, Arena& arena) : problem_(walk.problem), keep_(keep) {
+    std::array<int64_t, kWindowKinds> sizes{}, queries{};
+    for_each_window_kind(walk, [&](const Tokens& window_queries, const Tokens& window_keys) {
+      const int slot = slot_of(window_queries);
+      sizes[slot] = std::max(sizes[slot], copied(window_queries.count(), Columns<T>(window_keys.count())));
+      queries[slot] = std::max(queries[slot], window_queries.count());
+    });
+    for (int slot = 0; slot < kWindowKinds; ++slot) {
+      if (queries[slot] == 0) continue;
+      slots_[slot].copy = arena.take<T>(sizes[slot] + kLanes<T>);
+      slots_[slot].lone = arena.take<T>(queries[slot] + kBlockValues<T>);
+      if (arena.holds_memory()) std::fill_n(slots_[slot].lone, queries[slot] + kBlockValues<T>, T{0});
+    }
+    offset_ = arena.take<int64_t>(walk.most_queries);
+    most_queries_ = walk.most_queries;
+    if (arena.holds_memory()) std::fill_n(offset_, most_queries_, int64_t{0});
   }
 
-  // `queries` and `keys` must stay until the next call.
   void select(int64_t head, const Tokens& queries, const Tokens& keys) {
     const Columns<T> columns(keys.count());
-    window_keys_ = problem_.keys();
-    queries_ = &queries;
-    keys_ = &keys;
-    if (problem_.bias == nullptr) {
-      std::fill_n(copy_, columns.count, T{0});
-      end_row(copy_, columns);
-      data_ = copy_;
+    const bool whole = used_in_place(queries.count(), columns);
+    const int64_t head_size = problem_.queries() * problem_.keys();
+    const T* bias = static_cast<const T*>(problem_.bias);
+    if (bias != nullptr && !problem_.bias_shared) bias += head * head_size;
+    slot_ = &slots_[slot_of(queries)];
+    data_ = whole ? bias : slot_->copy;
+    set_stride(bias == nullptr ? 0 : whole ? problem_.keys() : round_up(columns.count, kLanes<T>));
+    const int kind = window_kind(problem_, queries);
+    if (slot_->bias == bias && slot_->kind == kind) return;
+    slot_->bias = bias;
+    slot_->kind = kind;
+    if (bias == nullptr) {
+      std::fill_n(slot_->copy, columns.count, T{0});
+      end_row(slot_->copy, columns);
       return;
     }
-    const int64_t size = problem_.queries() * window_keys_;
-    const T* bias = static_cast<const T*>(problem_.bias) + (problem_.bias_shared ? 0 : head * size);
-    const bool in_place = used_in_place(queries.count(), columns);
-    data_ = in_place ? bias : copy_;
-    const int64_t stride = in_place ? window_keys_ : round_up(columns.count, kLanes<T>);
-    if (stride != stride_) {
-      stride_ = stride;
-      for (int64_t i = 0; i < most_queries_; ++i) offset_[i] = i * stride;
-    }
-    if (!in_place) copy_pieces(bias, columns);
+    if (!whole) copy_part(bias, BiasPart(problem_, queries, keys), columns);
     if (!columns.lone) return;
-    for (int64_t i = 0; i < queries.count(); ++i) lone_[i] = data_[i * stride + columns.last()];
+    for (int64_t i = 0; i < queries.count(); ++i) slot_->lone[i] = data_[i * stride_ + columns.last()];
   }
 
   Rows<const T> rows() const { return {data_, offset_, 1}; }
   // The lone key's column, with room behind it for a block.
-  const T* lone() const { return lone_; }
-
-  // sum += the gradient of the scores of `height` queries, the first of them `first`.
-  void add_grad(T* sum, const Matrix<T>& scores_grad, int64_t first, int64_t height) const {
-    const int64_t width = queries_->columns.size;
-    for (int64_t i = first, y = first / width, x = first % width; i < first + height; ++i) {
-      T* row = sum + place(y, x);
-      const T* grad = scores_grad.row(i);
-      for_each_run([&](int64_t at, int64_t key, int64_t length) {
-        for (int64_t j = 0; j < length; j += kLanes<T>) {
-          const int64_t left = length - j;
-          if (left == 1) {
-            row[at + j] += grad[key + j];  // the lone key was stored alone, and is soonest loaded so
-          } else {
-            store_up_to<T>(row + at + j, load_up_to(row + at + j, left) + load_up_to(grad + key + j, left), left);
-          }
-        }
-      });
-      if (++x == width) x = 0, ++y;
-    }
-  }
+  const T* lone() const { return slot_->lone; }
 
  private:
+  // What was selected last, of all windows or of one kind.
+  struct Slot {
+    T *copy = nullptr, *lone = nullptr;
+    const T* bias = nullptr;  // that the copy was made of
+    int kind = -1;
+  };
+
+  int slot_of(const Tokens& queries) const { return keep_ ? window_kind(problem_, queries) : 0; }
   bool used_in_place(int64_t queries, const Columns<T>& columns) const {
-    return queries == problem_.queries() && columns.width() <= columns.count;
+    return problem_.bias != nullptr && queries == problem_.queries() && columns.width() <= columns.count;
   }
-
-  // The most values that the copy for any window has.
-  int64_t most_copied(const Walk<T>& walk) const {
-    if (problem_.bias == nullptr) return walk.padded_keys;
-    int64_t most = 0;
-    for (const int64_t y : kinds(problem_.rows)) {
-      for (const int64_t x : kinds(problem_.columns)) {
-        const int64_t queries = problem_.rows.queries(y).size * problem_.columns.queries(x).size;
-        const Columns<T> columns(problem_.rows.keys(y).size * problem_.columns.keys(x).size);
-        if (!used_in_place(queries, columns)) most = std::max(most, queries * round_up(columns.count, kLanes<T>));
-      }
-    }
-    return most;
+  int64_t copied(int64_t queries, const Columns<T>& columns) const {
+    if (used_in_place(queries, columns)) return 0;
+    return (problem_.bias == nullptr ? 1 : queries) * round_up(columns.count, kLanes<T>);
   }
-  // Windows of every size along an axis: only the first and the last can differ from the others.
-  static std::array<int64_t, 3> kinds(const Axis& axis) {
-    return {0, std::min<int64_t>(1, axis.windows() - 1), axis.windows() - 1};
+  void set_stride(int64_t stride) {
+    if (stride == stride_) return;
+    stride_ = stride;
+    for (int64_t i = 0; i < most_queries_; ++i) offset_[i] = i * stride;
   }
-
-  // The row, in the bias of a full window, of the query in row y and column x of this one.
-  int64_t place(int64_t y, int64_t x) const {
-    return ((queries_->rows.local + y) * problem_.columns.window + queries_->columns.local + x) * window_keys_;
-  }
-  void copy_pieces(const T* bias, const Columns<T>& columns) {
-    T* row = copy_;
-    for (int64_t y = 0; y < queries_->rows.size; ++y) {
-      for (int64_t x = 0; x < queries_->columns.size; ++x, row += stride_) {
-        const T* whole_row = bias + place(y, x);
-        for_each_run([&](int64_t at, int64_t key, int64_t length) {
-          for (int64_t j = 0; j < length; j += kLanes<T>) {
-            store(row + key + j, load_up_to(whole_row + at + j, length - j));
-          }
-        });
-        end_row(row, columns);
-      }
-    }
-  }
-  // Calls f(place in the row, place among the window's keys, length) for every run of adjacent keys.
-  template <class F>
-  void for_each_run(F f) const {
-    const int64_t window_width = problem_.columns.window / problem_.columns.ratio;
-    if (keys_->columns.size == window_width) {
-      f(keys_->rows.local * window_width, 0, keys_->count());
-      return;
-    }
-    for (int64_t y = 0; y < keys_->rows.size; ++y) {
-      f((keys_->rows.local + y) * window_width + keys_->columns.local, y * keys_->columns.size, keys_->columns.size);
-    }
+  void copy_part(const T* bias, const BiasPart& part, const Columns<T>& columns) {
+    T* const copy = slot_->copy;
+    const int64_t stride = stride_;
+    with_mover<T>(part.run(), part.runs(), 1, [&](auto mover) {
+      part.for_each_query([&](int64_t i, int64_t place) {
+        mover.gather(copy + i * stride, bias + place, part.key_width, part.runs(), part.run());
+        end_row(copy + i * stride, columns);
+      });
+    });
   }
   // -inf behind the last key, up to a whole vector. More is stored, for the next row to overwrite.
   static void end_row(T* row, const Columns<T>& columns) {
@@ -363,14 +402,76 @@ class WindowBias {
   }
 
   const WindowAttentionProblem& problem_;
-  int64_t most_queries_;
-  T* copy_;
-  int64_t* offset_;
-  T* lone_;
+  bool keep_;
+  std::array<Slot, kWindowKinds> slots_{};
+  Slot* slot_ = nullptr;
   const T* data_ = nullptr;
-  int64_t window_keys_ = 0;
-  int64_t stride_ = 0;  // that offset_ was made for
-  const Tokens *queries_ = nullptr, *keys_ = nullptr;
+  int64_t* offset_ = nullptr;
+  int64_t most_queries_ = 0, stride_ = 0;  // that offset_ was made for
+};
+
+// The gradient of one head's bias, summed over windows. Each kind of window has a sum of its own, in the layout of its
+// scores; in the end they are put where they belong.
+template <class T>
+class BiasGrad {
+ public:
+  BiasGrad(const Walk<T>& walk, bool wanted, Arena& arena) : problem_(walk.problem) {
+    if (!wanted) return;
+    for_each_window_kind(walk, [&](const Tokens& queries, const Tokens& keys) {
+      Sum& sum = sums_[window_kind(problem_, queries)];
+      if (sum.stride > 0) return;
+      sum.stride = round_up(keys.count(), kLanes<T>);
+      sum.data = arena.take<T>(queries.count() * sum.stride);
+    });
+  }
+
+  void begin() {
+    for (Sum& sum : sums_) sum.windows = 0;
+  }
+
+  void select(const Tokens& queries, const Tokens& keys) {
+    sum_ = &sums_[window_kind(problem_, queries)];
+    if (sum_->windows++ > 0) return;
+    sum_->queries = queries;
+    sum_->keys = keys;
+    std::fill_n(sum_->data, queries.count() * sum_->stride, T{0});
+  }
+
+  // Adds the gradient of the scores of `height` queries, the first of them `first`.
+  void add(const Matrix<T>& scores_grad, int64_t first, int64_t height, const Columns<T>& columns) const {
+    for (int64_t i = first; i < first + height; ++i) {
+      T* sum = sum_->data + i * sum_->stride;
+      const T* grad = scores_grad.row(i);
+      for (int64_t j = 0; j < columns.width(); j += kLanes<T>) store(sum + j, load(sum + j) + load(grad + j));
+      if (columns.lone) sum[columns.last()] += grad[columns.last()];
+    }
+  }
+
+  // out = the sum over all windows since `begin`.
+  void finish(T* out) const {
+    std::fill_n(out, problem_.queries() * problem_.keys(), T{0});
+    for (const Sum& sum : sums_) {
+      if (sum.windows == 0) continue;
+      const BiasPart part(problem_, sum.queries, sum.keys);
+      part.for_each_query([&](int64_t i, int64_t place) {
+        const T* row = sum.data + i * sum.stride;
+        for (int64_t run = 0; run < part.runs(); ++run) {
+          for (int64_t j = 0; j < part.run(); ++j) out[place + run * part.key_width + j] += *row++;
+        }
+      });
+    }
+  }
+
+ private:
+  struct Sum {
+    T* data = nullptr;
+    int64_t stride = 0, windows = 0;
+    Tokens queries{}, keys{};
+  };
+
+  const WindowAttentionProblem& problem_;
+  std::array<Sum, kWindowKinds> sums_{};
+  Sum* sum_ = nullptr;
 };
 
 }  // namespace

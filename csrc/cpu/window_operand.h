@@ -40,27 +40,24 @@ struct Columns {
   int64_t in_vectors() const { return lone ? count - 1 : count; }
 };
 
-// A matrix in scratch, with room behind it for one vector that is stored over its end.
+// A matrix in scratch, its columns whole vectors, with room behind it for one vector that is stored over its end.
 template <class T>
 class Matrix {
  public:
-  Matrix() = default;
-  Matrix(int64_t rows, int64_t most_columns, Arena& arena)
-      : rows_(rows), data_(arena.take<T>(rows * most_columns + kLanes<T>)), offset_(arena.take<int64_t>(rows)) {}
-
-  void set_columns(int64_t columns) {
-    if (columns == columns_) return;
-    columns_ = columns;
-    for (int64_t r = 0; r < rows_; ++r) offset_[r] = r * columns;
+  Matrix(int64_t rows, int64_t columns, Arena& arena)
+      : columns_(columns), data_(arena.take<T>(rows * columns + kLanes<T>)), offset_(arena.take<int64_t>(rows)) {
+    if (!arena.holds_memory()) return;
+    for (int64_t r = 0; r < rows; ++r) offset_[r] = r * columns;
   }
+
   int64_t columns() const { return columns_; }
   T* row(int64_t r) const { return data_ + r * columns_; }
   Rows<T> rows() const { return {data_, offset_, 1}; }
 
  private:
-  int64_t rows_ = 0, columns_ = 0;
-  T* data_ = nullptr;
-  int64_t* offset_ = nullptr;
+  int64_t columns_;
+  T* data_;
+  int64_t* offset_;
 };
 
 // dst(c)[r] = src(r)[c] for r < rows, c < columns; zeros from r = rows up to a whole vector.
@@ -68,21 +65,22 @@ template <class T, class Source>
 void transpose_rows(Source src, int64_t rows, int64_t columns, T* dst, int64_t dst_stride) {
   constexpr int L = kLanes<T>;
   for (int64_t r0 = 0; r0 < rows; r0 += L) {
-    const T* row[L];
     const int64_t height = std::min<int64_t>(L, rows - r0);
-    for (int64_t r = 0; r < L; ++r) row[r] = src(r0 + std::min(r, height - 1));
     for (int64_t c0 = 0; c0 < columns; c0 += L) {
       const int64_t width = std::min<int64_t>(L, columns - c0);
+      T* out = dst + c0 * dst_stride + r0;
       Vec<T> block[L];
-      if (width == L) {
+      if (height == L && width == L) {
 #pragma GCC unroll 16
-        for (int r = 0; r < L; ++r) block[r] = load(row[r] + c0);
+        for (int r = 0; r < L; ++r) block[r] = load(src(r0 + r) + c0);
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int c = 0; c < L; ++c) store(out + c * dst_stride, block[c]);
       } else {
-        for (int r = 0; r < L; ++r) block[r] = load_partial(row[r] + c0, width);
+        for (int64_t r = 0; r < L; ++r) block[r] = r < height ? load_up_to(src(r0 + r) + c0, width) : Vec<T>{};
+        transpose<T>(block);
+        for (int64_t c = 0; c < width; ++c) store(out + c * dst_stride, block[c]);
       }
-      for (int64_t r = height; r < L; ++r) block[r] = Vec<T>{};
-      transpose<T>(block);
-      for (int64_t c = 0; c < width; ++c) store(dst + (c0 + c) * dst_stride + r0, block[c]);
     }
   }
 }
@@ -91,36 +89,41 @@ void transpose_rows(Source src, int64_t rows, int64_t columns, T* dst, int64_t d
 class Prefetch {
  public:
   // A run begins at data + y * row_stride + x * column_stride, x < columns the faster, and has `bytes` bytes. Strides
-  // are in bytes.
-  Prefetch(const void* data, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, int64_t bytes)
-      : data_(reinterpret_cast<uintptr_t>(data)),
-        row_stride_(row_stride),
+  // are in bytes. All is fetched after `steps` calls of `advance`.
+  Prefetch(const void* data, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, int64_t bytes,
+           int64_t steps)
+      : run_(reinterpret_cast<uintptr_t>(data)),
         column_stride_(column_stride),
+        row_step_(row_stride - (columns - 1) * column_stride),
         columns_(columns),
-        count_(rows * columns),
+        left_(bytes == 0 ? 0 : rows * columns),
+        step_(parts(left_, steps)),
         bytes_(bytes) {}
 
-  // Goes on until the share done / all of the runs is fetched, into the caches from level kLevel on.
-  template <int kLevel = 1>
-  void advance(int64_t done, int64_t all) {
-    const int64_t until = count_ * done / all;
-    int64_t x = x_, y = y_;
-    for (int64_t i = next_; i < until; ++i) {
-      const uintptr_t run = data_ + y * row_stride_ + x * column_stride_, end = run + bytes_;
-      for (uintptr_t line = run & ~uintptr_t{kCacheLine - 1}; line < end; line += kCacheLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 4 - kLevel);
-      }
-      if (++x == columns_) x = 0, ++y;
-    }
-    next_ = until, x_ = x, y_ = y;
-  }
+  // Goes on with the next part, into the caches from the first or the second level on.
+  void advance(bool into_first_level) { into_first_level ? advance<1>() : advance<2>(); }
 
  private:
   static constexpr uintptr_t kCacheLine = 64;
 
-  uintptr_t data_;
-  int64_t row_stride_, column_stride_, columns_, count_, bytes_;
-  int64_t y_ = 0, x_ = 0, next_ = 0;
+  template <int kLevel>
+  void advance() {
+    const int64_t runs = std::min(step_, left_);
+    left_ -= runs;
+    for (int64_t i = 0; i < runs; ++i) {
+      const uintptr_t end = run_ + bytes_;
+      for (uintptr_t line = run_ & ~uintptr_t{kCacheLine - 1}; line < end; line += kCacheLine) {
+        __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 4 - kLevel);
+      }
+      const bool ends_row = ++x_ == columns_;
+      x_ = ends_row ? 0 : x_;
+      run_ += ends_row ? row_step_ : column_stride_;
+    }
+  }
+
+  uintptr_t run_;
+  int64_t column_stride_, row_step_, columns_, left_, step_, bytes_;
+  int64_t x_ = 0;
 };
 
 template <class S>
@@ -163,14 +166,15 @@ class TokenRows {
   }
 
   // Of the tokens of an item; of no use to a map whose elements lie apart.
-  Prefetch prefetch(const Item& item, const Tokens& tokens) const {
+  Prefetch prefetch(const Item& item, const Tokens& tokens, int64_t steps) const {
     constexpr int64_t size = sizeof(S);
     return {first_element<S>(view_, item.batch, item.head, tokens),
             view_.stride[1] * size,
             view_.stride[2] * size,
             tokens.rows.size,
             tokens.columns.size,
-            view_.stride[4] == 1 ? dim_ * size : 0};
+            view_.stride[4] == 1 ? dim_ * size : 0,
+            steps};
   }
 
   // After `gather` or before `scatter`.
@@ -254,8 +258,14 @@ struct MoveRows {
     std::memcpy(dst, first_piece, kPiece);
     std::memcpy(dst + second, second_piece, kPiece);
   }
+  // All rows but the last move too much, which lies in the row after them and is overwritten with it.
   static void gather(T* plane, const T* map, int64_t stride, int64_t height, int64_t width) {
-    for (int64_t y = 0; y < height; ++y, plane += width, map += stride) move(plane, map, width);
+    for (int64_t y = 0; y + 1 < height; ++y, plane += width, map += stride) {
+      char piece[2 * kPiece];
+      std::memcpy(piece, map, sizeof(piece));
+      std::memcpy(plane, piece, sizeof(piece));
+    }
+    move(plane, map, width);
   }
   static void scatter(const T* plane, T* map, int64_t stride, int64_t height, int64_t width) {
     for (int64_t y = 0; y < height; ++y, plane += width, map += stride) move(map, plane, width);
@@ -352,11 +362,9 @@ class TokenPlanes {
         dim_(dim),
         copy_stride_(round_up(most_tokens, kLanes<T>)),
         offset_(arena.take<int64_t>(dim)),
-        index_(arena.take<int64_t>(most_tokens)),
         copy_(arena.take<T>(most_windows * window_size())) {
     if (!arena.holds_memory()) return;
     for (int64_t d = 0; d < dim; ++d) offset_[d] = d * copy_stride_;
-    std::iota(index_, index_ + most_tokens, int64_t{0});
   }
 
   // Turns to the first window, with these tokens, of another strip.
@@ -375,20 +383,21 @@ class TokenPlanes {
   void select_window(int64_t window) { window_ = window; }
 
   // Of a strip whose first window has these tokens.
-  Prefetch prefetch(const Strip& strip, const Tokens& tokens) const {
+  Prefetch prefetch(const Strip& strip, const Tokens& tokens, int64_t steps) const {
     constexpr int64_t size = sizeof(S);
-    if (in_place_) return {nullptr, 0, 0, 0, 0, 0};  // the next strip is adjacent: processors foresee that
+    if (in_place_) return {nullptr, 0, 0, 0, 1, 0, steps};  // the next strip is adjacent: processors foresee that
     const S* data = first_element<S>(view_, strip.batch, strip.head, tokens);
     const int64_t rows = tokens.rows.size, row = (strip.windows * tokens.columns.size - 1) * view_.stride[2] + 1;
     const bool adjacent = view_.stride[1] == row;
     return {data, view_.stride[4] * size, view_.stride[1] * size,
-            dim_, adjacent ? 1 : rows,    (adjacent ? rows * row : row) * size};
+            dim_, adjacent ? 1 : rows,    (adjacent ? rows * row : row) * size,
+            steps};
   }
 
   // The planes, [D][count], after `gather` or before `scatter`.
   Rows<T> rows() const { return {data(), offset_, 1}; }
   // The tokens, [count][D], as a left factor.
-  Rows<T> transposed() const { return {data(), index_, stride()}; }
+  Rows<T> transposed() const { return {data(), nullptr, stride()}; }
 
   void gather() {
     if (in_place_) return;
@@ -437,7 +446,6 @@ class TokenPlanes {
   MapView view_;
   int64_t dim_, copy_stride_;
   int64_t* offset_;  // of the planes
-  int64_t* index_;   // 0, 1, 2, ...
   T* copy_;          // [windows][D][copy_stride]
   bool in_place_ = false;
   S* map_ = nullptr;  // the strip's first element
