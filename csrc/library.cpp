@@ -6,6 +6,16 @@
 
 STABLE_TORCH_LIBRARY(vitfast, m) {
   m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, bool return_lse) -> "
+      "(Tensor output, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, Tensor lse, "
+      "float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
+  m.def("attention_qkvpacked(Tensor qkv, Tensor? bias, float scale, bool return_lse) -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, float scale) -> "
+      "(Tensor grad_qkv, Tensor grad_bias)");
+  m.def(
       "window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float "
       "scale, bool return_lse) -> (Tensor output, Tensor lse)");
   m.def(
@@ -21,6 +31,10 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
+  m.impl("attention", TORCH_BOX(&vitfast::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&vitfast::attention_backward_cpu));
+  m.impl("attention_qkvpacked", TORCH_BOX(&vitfast::attention_qkvpacked_cpu));
+  m.impl("attention_qkvpacked_backward", TORCH_BOX(&vitfast::attention_qkvpacked_backward_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));
   m.impl("window_attention_qkvpacked", TORCH_BOX(&vitfast::window_attention_qkvpacked_cpu));

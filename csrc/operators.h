@@ -12,6 +12,19 @@ namespace vitfast {
 
 using torch::stable::Tensor;
 
+std::tuple<Tensor, Tensor> attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                         double scale, bool return_lse);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad, Tensor query, Tensor key, Tensor value,
+                                                                  std::optional<Tensor> bias, Tensor out, Tensor lse,
+                                                                  double scale);
+
+std::tuple<Tensor, Tensor> attention_qkvpacked_cpu(Tensor qkv, std::optional<Tensor> bias, double scale,
+                                                   bool return_lse);
+
+std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
+                                                            Tensor out, Tensor lse, double scale);
+
 std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,
                                                 double scale, bool return_lse);

@@ -8,12 +8,108 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
+from vitfast.ops import attention as _attention
 from vitfast.ops import window_attention as _window_attention
 
-__all__ = ["window_attention", "window_attention_qkvpacked", "window_attention_weights"]
+__all__ = [
+    "attention",
+    "attention_qkvpacked",
+    "window_attention",
+    "window_attention_qkvpacked",
+    "window_attention_weights",
+]
 
 _LARGEST_WINDOW = 2**31 - 1  # so that the number of a window's tokens fits into 64 bits
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    r"""Multi-head attention, fused.
+
+    For each head, :math:`O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias})\, V`.
+
+    Args:
+        query: (B, heads, N, D), any strides.
+        key: (B, heads, M, D).
+        value: the shape of ``key``.
+        bias: added to the scores: any shape that broadcasts to (B, heads, N, M), a learned position bias as well as a
+            mask that holds -inf where a query must not see a key. Its dtype is the query's, or float32 beside float16
+            and bfloat16. Its gradient is summed over the dimensions that are broadcast.
+        scale: factor of the scores; D^-0.5 if None.
+        is_causal: query i sees the keys j <= i only, whatever N and M are.
+        dropout_p: probability with which each attention weight is zero, 0 <= dropout_p < 1; the others are divided by
+            1 - dropout_p. It holds whether a model trains or not: pass 0 in evaluation.
+
+    Returns:
+        (B, heads, N, D) in the dtype of ``query``. From the kernels it is laid out such that merging the heads,
+        ``output.transpose(1, 2).flatten(2)``, copies nothing. A query without keys gets zeros where M = 0, and NaN
+        where its bias is -inf for every key.
+
+    float32 and float64 are computed as they are; float16 and bfloat16 in float32. Differentiable any number of times
+    with respect to all four tensors, in reverse and forward mode; gradients are deterministic. The memory of the
+    output, its gradients, `torch.func.jvp` and a double backward is linear in N and M, but for a bias of N x M elements
+    and its gradient. Calls with ``is_causal`` or ``dropout_p`` have no kernel: they are computed exactly, by plain
+    PyTorch, in memory quadratic in the tokens, as are calls under nested forward mode and forward mode inside of
+    `torch.compile`.
+
+    Raises:
+        TypeError: a tensor is not floating point, dtypes differ, or an option has the wrong type.
+        ValueError: ranks, shapes or devices do not fit, or ``dropout_p`` is out of range.
+        BackendError: `vitfast.backend` forces a kernel on a call with ``is_causal`` or ``dropout_p``.
+
+    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017; Dao et al., "FlashAttention", NeurIPS 2022.
+
+    >>> q, k = torch.randn(2, 3, 197, 64), torch.randn(2, 3, 50, 64)
+    >>> attention(q, k, k, bias=torch.zeros(3, 1, 50)).shape
+    torch.Size([2, 3, 197, 64])
+    """
+    _check_tensors(query=query, key=key, value=value, bias=bias)
+    _check_sequences(query, key, value)
+    bias = _check_score_bias(bias, query.dtype, (*query.shape[:3], key.shape[2]))
+    options = _check_options(is_causal, dropout_p)
+    return _attention.attention((query, key, value), bias, _check_scale(scale, query), *options)
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`attention` of a packed projection: reads and differentiates it in place, without splitting it.
+
+    Args:
+        qkv: (B, N, 3, heads, D), query, key and value in this order: the output of one linear layer,
+            ``linear(x).unflatten(-1, (3, heads, D))``. Its gradient is written packed too.
+        bias, scale, is_causal, dropout_p: as in `attention`.
+
+    Returns:
+        (B, N, heads, D), contiguous: ``.flatten(2)`` merges the heads without a copy.
+
+    Raises:
+        TypeError, ValueError, BackendError: as `attention`.
+    """
+    _check_tensors(qkv=qkv, bias=bias)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"qkv must have the shape (B, N, 3, heads, D); got {tuple(qkv.shape)}. "
+            "The output of a linear layer becomes that with .unflatten(-1, (3, heads, D))"
+        )
+    batch, tokens, _, heads, _ = qkv.shape
+    bias = _check_score_bias(bias, qkv.dtype, (batch, heads, tokens, tokens))
+    options = _check_options(is_causal, dropout_p)
+    return _attention.attention((qkv,), bias, _check_scale(scale, qkv), *options)
 
 
 def window_attention(
@@ -130,9 +226,13 @@ def _check_tensors(bias: Tensor | None, **tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
         if tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} must be float32, float64, float16 or bfloat16; got {tensor.dtype}. Convert it with .float()"
+            mask = name == "bias" and tensor.dtype == torch.bool
+            way_out = (
+                "A mask that is True for what a query may see becomes a bias with torch.where(mask, 0.0, -torch.inf)"
+                if mask
+                else "Convert it with .float()"
             )
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {tensor.dtype}. {way_out}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}. Convert it with .to_dense()")
         if tensor.device != first.device:
@@ -145,6 +245,21 @@ def _check_tensors(bias: Tensor | None, **tensors: Tensor) -> None:
                 f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}. "
                 f"Convert it with .to({first.dtype})"
             )
+
+
+def _check_sequences(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Ranks and shapes of (B, heads, tokens, D)."""
+    for name, tensor, tokens in (("query", query, "N"), ("key", key, "M"), ("value", value, "M")):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have the shape (B, heads, {tokens}, D); got {tuple(tensor.shape)}")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have one shape; got {tuple(key.shape)} and {tuple(value.shape)}")
+    if (*query.shape[:2], query.shape[3]) != (*key.shape[:2], key.shape[3]):
+        raise ValueError(
+            "query and key must agree in B, heads and D of (B, heads, N, D) and (B, heads, M, D); "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}. Copies of a head or an entry of the batch are made with "
+            ".expand() or .repeat_interleave()"
+        )
 
 
 def _check_maps(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
@@ -214,7 +329,36 @@ def _check_bias(bias: Tensor | None, query: Tensor, window: tuple[int, int], rat
             f"bias must have the shape {expected}, or (1, {expected[1]}, {expected[2]}) to be shared by all heads, "
             f"for {heads} heads and window_size = {window}; got {tuple(bias.shape)}"
         )
-    return bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return bias.to(_score_dtype(query.dtype))
+
+
+def _check_score_bias(bias: Tensor | None, dtype: torch.dtype, scores: tuple[int, ...]) -> Tensor | None:
+    """The bias as (B or 1, heads or 1, N or 1, M), in the dtype the scores, (B, heads, N, M), are computed in."""
+    if bias is None:
+        return None
+    missing = 4 - bias.dim()
+    if missing < 0 or any(size not in (1, full) for size, full in zip(bias.shape, scores[missing:], strict=True)):
+        raise ValueError(
+            f"bias must broadcast to (B, heads, N, M) = {tuple(scores)}; got {tuple(bias.shape)}. "
+            "Dimensions are matched from the last, and each is 1 or the full size"
+        )
+    bias = bias.to(_score_dtype(dtype)).reshape(*(1,) * missing, *bias.shape)
+    return bias.expand(*bias.shape[:3], scores[3])
+
+
+def _score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that scores of tensors of ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_options(is_causal: bool, dropout_p: float) -> tuple[bool, float]:
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False; got {is_causal!r}")
+    if not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p must be a Python number; got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and smaller than 1; got {dropout_p}")
+    return is_causal, float(dropout_p)
 
 
 def _check_scale(scale: float | None, query: Tensor) -> float:

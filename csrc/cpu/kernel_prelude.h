@@ -24,6 +24,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/attention.h"
 #include "cpu/cache.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"

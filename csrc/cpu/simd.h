@@ -17,6 +17,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/storage.h"
+
 namespace vitfast::cpu::VITFAST_ISA {
 
 using BFloat16 = torch::headeronly::BFloat16;
@@ -165,6 +167,13 @@ inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
   }
 }
 
+template <class T>
+inline T sum_of_lanes(Vec<T> x) {
+  T sum{};
+  for (int l = 0; l < kLanes<T>; ++l) sum += x[l];
+  return sum;
+}
+
 // The elements of a 128-bit part of a vector, within which shuffles are cheapest.
 template <class T>
 inline constexpr int kPart = 16 / sizeof(T);
@@ -299,6 +308,21 @@ inline Vec<T> log_positive(Vec<T> x) {
 // Kernels compute in float or double; float16 and bfloat16 are only stored.
 template <class Storage>
 using Compute = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+// Calls f with a value of the type that `storage` names.
+template <class F>
+inline void with_storage(Storage storage, F f) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return f(float{});
+    case Storage::kFloat64:
+      return f(double{});
+    case Storage::kFloat16:
+      return f(Half{});
+    case Storage::kBFloat16:
+      return f(BFloat16{});
+  }
+}
 
 // As many 16-bit values as a vector has floats, as they are stored and widened.
 typedef uint16_t HalfBits __attribute__((vector_size(VITFAST_VECTOR_BYTES / 2)));

@@ -3,16 +3,13 @@
 #include "cpu/window_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "operators.h"
 
 namespace vitfast {
@@ -23,35 +20,9 @@ using cpu::WindowAttentionProblem;
 using torch::headeronly::ScalarType;
 
 const cpu::WindowAttentionKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu::instruction_set()) {
-    case cpu::InstructionSet::kAvx512:
-      return cpu::avx512::window_attention_kernels;
-    case cpu::InstructionSet::kAvx2:
-      return cpu::avx2::window_attention_kernels;
-    case cpu::InstructionSet::kBaseline:
-      break;
-  }
-#endif
-  return cpu::baseline::window_attention_kernels;
+  return cpu::kernels_for(cpu::avx512::window_attention_kernels, cpu::avx2::window_attention_kernels,
+                          cpu::baseline::window_attention_kernels);
 }
-
-cpu::Storage storage_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return cpu::Storage::kFloat32;
-    case ScalarType::Double:
-      return cpu::Storage::kFloat64;
-    case ScalarType::Half:
-      return cpu::Storage::kFloat16;
-    case ScalarType::BFloat16:
-      return cpu::Storage::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "window_attention takes float32, float64, float16 and bfloat16");
-  }
-}
-
-ScalarType compute_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
 MapView view_of(const Tensor& x) {
   MapView view;
@@ -112,7 +83,7 @@ WindowAttentionProblem problem_of(const Shape& shape, const std::optional<Tensor
     check(0 <= shift[i] && shift[i] < window[i], "needs 0 <= shift < window_size");
   }
   WindowAttentionProblem problem{};
-  problem.storage = storage_of(shape.dtype);
+  problem.storage = cpu::storage_of(shape.dtype);
   problem.batch = shape.batch;
   problem.heads = shape.heads;
   problem.dim = shape.dim;
@@ -124,7 +95,8 @@ WindowAttentionProblem problem_of(const Shape& shape, const std::optional<Tensor
     check(bias->dim() == 3 && bias->size(1) == problem.queries() && bias->size(2) == problem.keys() &&
               (bias->size(0) == 1 || bias->size(0) == shape.heads),
           "bias must be (heads or 1, window queries, window keys)");
-    check(bias->scalar_type() == compute_dtype(shape.dtype), "bias must have the dtype the scores are computed in");
+    check(bias->scalar_type() == cpu::compute_dtype(shape.dtype),
+          "bias must have the dtype the scores are computed in");
     problem.bias = bias->data_ptr();
     problem.bias_shared = bias->size(0) == 1;
   }
@@ -135,7 +107,7 @@ bool empty(const Shape& s) { return s.batch == 0 || s.height == 0 || s.width == 
 
 Tensor new_statistics(const Tensor& like, const Shape& shape, bool wanted) {
   const std::vector<int64_t> full = {shape.batch, shape.heads, shape.height, shape.width};
-  return torch::stable::new_empty(like, wanted ? full : std::vector<int64_t>{0}, compute_dtype(shape.dtype));
+  return torch::stable::new_empty(like, wanted ? full : std::vector<int64_t>{0}, cpu::compute_dtype(shape.dtype));
 }
 
 std::tuple<Tensor, Tensor> forward(const Shape& shape, const MapView& query, const MapView& key, const MapView& value,
@@ -161,15 +133,6 @@ int64_t splits_of(int64_t windows) {
   return splits;
 }
 
-// Adds up partial sums of the gradient of one bias, (parts, size) -> (size), in a fixed order.
-template <class T>
-void reduce_bias_grad(const T* partial, int64_t parts, int64_t size, T* out) {
-  std::copy_n(partial, size, out);
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t i = 0; i < size; ++i) out[i] += partial[part * size + i];
-  }
-}
-
 Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, const MapView& key, const MapView& value,
                 const std::optional<Tensor>& bias, const Tensor& lse, const std::vector<int64_t>& window,
                 const std::vector<int64_t>& shift, double scale, const MapView& grad_query, const MapView& grad_key,
@@ -180,7 +143,7 @@ Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, co
             grad.size(1) == shape.height && grad.size(2) == shape.width && grad.size(3) == shape.heads &&
             grad.size(4) == shape.dim,
         "grad must have the output's shape and dtype");
-  check(lse.is_contiguous() && lse.scalar_type() == compute_dtype(shape.dtype) &&
+  check(lse.is_contiguous() && lse.scalar_type() == cpu::compute_dtype(shape.dtype) &&
             lse.numel() == shape.batch * shape.heads * shape.height * shape.width,
         "lse must be what the forward returned");
   if (!dense_bias.has_value()) {
@@ -201,17 +164,8 @@ Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, co
   kernels().backward({problem, view_of(grad), query, key, value, grad_query, grad_key, grad_value, lse.data_ptr(),
                       partial.data_ptr(), splits});
   if (sums_per_bias > 1) {
-    const int64_t size = problem.queries() * problem.keys();
-    for (int64_t head = 0; head < dense_bias->size(0); ++head) {
-      const auto reduce = [&](auto* out, const auto* sums) {
-        reduce_bias_grad(sums + head * sums_per_bias * size, sums_per_bias, size, out + head * size);
-      };
-      if (shape.dtype == ScalarType::Double) {
-        reduce(static_cast<double*>(bias_grad.data_ptr()), static_cast<const double*>(partial.data_ptr()));
-      } else {
-        reduce(static_cast<float*>(bias_grad.data_ptr()), static_cast<const float*>(partial.data_ptr()));
-      }
-    }
+    cpu::add_up_partial_sums(partial, dense_bias->size(0), sums_per_bias, problem.queries() * problem.keys(),
+                             bias_grad);
   }
   return bias_grad;
 }

@@ -6,11 +6,9 @@
 #include <array>
 #include <cstdint>
 
-#include "cpu/instruction_set.h"
+#include "cpu/storage.h"
 
 namespace vitfast::cpu {
-
-enum class Storage { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // A (B, H, W, heads, D) tensor; strides in elements.
 struct MapView {

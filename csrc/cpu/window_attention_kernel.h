@@ -80,20 +80,6 @@ void backward_of(const WindowAttentionBackward& call) {
   });
 }
 
-template <class F>
-void with_storage(Storage storage, F f) {
-  switch (storage) {
-    case Storage::kFloat32:
-      return f(float{});
-    case Storage::kFloat64:
-      return f(double{});
-    case Storage::kFloat16:
-      return f(Half{});
-    case Storage::kBFloat16:
-      return f(BFloat16{});
-  }
-}
-
 // Channels-first maps: no map's elements are adjacent.
 bool as_planes(std::initializer_list<const MapView*> maps) {
   return std::all_of(maps.begin(), maps.end(), [](const MapView* map) { return map->stride[4] != 1; });

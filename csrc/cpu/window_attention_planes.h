@@ -156,13 +156,6 @@ void finish_lone_query(T* scores, T scale, const T* bias, int64_t keys) {
   std::fill(scores + keys, scores + round_up(keys, kLanes<T>), -std::numeric_limits<T>::infinity());
 }
 
-template <class T>
-T sum_of_lanes(Vec<T> x) {
-  T sum{};
-  for (int l = 0; l < kLanes<T>; ++l) sum += x[l];
-  return sum;
-}
-
 // S^T <- P^T = softmax over the keys, down the columns; `lone` is the lone query's column, with -inf behind the last
 // key. lse [queries] is written if not null.
 template <class T>

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 
 import pytest
 import torch
+from derivatives import (
+    USES,
+    TangentsAreNotLost,
+    assert_double_backward_of_any_subset,
+    assert_gradients_of_any_subset,
+    assert_primal_work_is_done_once,
+    assert_third_derivatives_are_exact,
+    assert_transform_is_exact,
+    everything,
+    leaves,
+    loss,
+)
 from helpers import Case, make_inputs
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jvp, vmap
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitfast
 from vitfast import reference
@@ -49,19 +59,9 @@ def tensors_of(case, seed=0):
     return tuple(tensors) if bias is None else (*tensors, bias)
 
 
-def loss(attention):
-    """A scalar whose derivatives of every order depend on all of the output."""
-
-    def scalar(*tensors):
-        output = attention(*tensors)
-        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-        return (weights * output + output.sin()).square().sum()
-
-    return scalar
-
-
-def leaves(tensors):
-    return tuple(t.clone().requires_grad_() for t in tensors)
+def maker(case):
+    """Seed -> arguments of the case."""
+    return functools.partial(tensors_of, case)
 
 
 # ---- against finite differences ------------------------------------------------------------------------------------
@@ -104,212 +104,16 @@ def test_weights_gradcheck(case):
 
 @cases
 def test_third_derivatives(case):
-    def third(attention):
-        f = loss(attention)
-        for _ in range(3):
-            f = sum_of_gradients(f)
-        return f(*tensors_of(case))
-
-    def sum_of_gradients(f):
-        return lambda *tensors: sum(g.square().sum() for g in grad(f, everything(case))(*tensors))
-
-    assert_close(third(fused(case)), third(plain(case)))
+    assert_third_derivatives_are_exact(fused(case), plain(case), maker(case))
 
 
 # ---- torch.func: every transform and its nestings, against the same transform of plain PyTorch ---------------------
 
 
-def everything(case):
-    """The argument numbers of the tensors of a case."""
-    return tuple(range((1 if case.packed else 3) + (case.bias is not None)))
-
-
-def directions(case, count=None, seed=1):
-    """Tangents of the tensors of a case; ``count`` of them stacked if it is given."""
-    stacked = [tensors_of(case, seed + i) for i in range(1 if count is None else count)]
-    return stacked[0] if count is None else tuple(torch.stack(ts) for ts in zip(*stacked, strict=True))
-
-
-def use_grad(attention, case):
-    return grad(loss(attention), everything(case))(*tensors_of(case))
-
-
-def use_vjp(attention, case):
-    output, pull = vjp(attention, *tensors_of(case))
-    return output, pull(output.cos())
-
-
-def use_jvp(attention, case):
-    return jvp(attention, tensors_of(case), directions(case))
-
-
-def use_jacrev(attention, case):
-    return jacrev(attention, everything(case))(*tensors_of(case))
-
-
-def use_jacfwd(attention, case):
-    return jacfwd(attention, everything(case))(*tensors_of(case))
-
-
-def use_hessian(attention, case):
-    return hessian(loss(attention), everything(case))(*tensors_of(case))
-
-
-def use_jacfwd_of_jacfwd(attention, case):
-    return jacfwd(jacfwd(loss(attention)))(*tensors_of(case))
-
-
-def use_jacrev_of_jacrev(attention, case):
-    return jacrev(jacrev(loss(attention)))(*tensors_of(case))
-
-
-def use_jacrev_of_jacfwd(attention, case):
-    return jacrev(jacfwd(loss(attention)))(*tensors_of(case))
-
-
-def gradient(attention, case):
-    return grad(loss(attention), everything(case))
-
-
-def use_jvp_of_grad(attention, case):
-    return jvp(gradient(attention, case), tensors_of(case), directions(case))
-
-
-def use_vjp_of_grad(attention, case):
-    _, pull = vjp(gradient(attention, case), *tensors_of(case))
-    return pull(directions(case))
-
-
-def use_vmap_jvp_grad(attention, case):
-    primals = tensors_of(case)
-
-    def product(*vectors):
-        return jvp(gradient(attention, case), primals, vectors)[1]
-
-    return vmap(product)(*directions(case, 3))
-
-
-def use_vmap_vjp_grad(attention, case):
-    _, pull = vjp(gradient(attention, case), *tensors_of(case))
-    return vmap(lambda *vectors: pull(vectors))(*directions(case, 3))
-
-
-def use_vmap_jvp(attention, case):
-    primals = tensors_of(case)
-    return vmap(lambda *vectors: jvp(attention, primals, vectors)[1])(*directions(case, 3))
-
-
-def use_vmap_vjp(attention, case):
-    output, pull = vjp(attention, *tensors_of(case))
-    return vmap(pull)(torch.stack([output.cos(), output, output.sin()]))
-
-
-def use_jvp_of_jvp(attention, case):
-    def tangent(*tensors):
-        return jvp(attention, tensors, directions(case))[1]
-
-    return jvp(tangent, tensors_of(case), directions(case, seed=2))
-
-
-def use_grad_of_jvp(attention, case):
-    """Reverse over forward."""
-
-    def slope(*tensors):
-        return jvp(loss(attention), tensors, directions(case))[1]
-
-    return grad(slope, everything(case))(*tensors_of(case))
-
-
-def use_jvp_of_jvp_of_grad(attention, case):
-    def product(*tensors):
-        return jvp(gradient(attention, case), tensors, directions(case))[1]
-
-    return jvp(product, tensors_of(case), directions(case, seed=2))
-
-
-def use_grad_of_grad_of_grad(attention, case):
-    f = loss(attention)
-    for _ in range(3):
-        f = functools.partial(lambda g, *tensors: grad(g)(*tensors).square().sum(), f)
-    return f(*tensors_of(case))
-
-
-def use_vmap(attention, case):
-    return vmap(attention)(*directions(case, 3))
-
-
-def use_vmap_over_last_dimensions(attention, case):
-    stacked = [t.movedim(0, -1) for t in directions(case, 3)]
-    return vmap(attention, in_dims=-1, out_dims=2)(*stacked)
-
-
-def use_vmap_over_one_at_a_time(attention, case):
-    tensors, many = tensors_of(case), directions(case, 3)
-    results = []
-    for i in everything(case):
-        mixed = [many[j] if j == i else t for j, t in enumerate(tensors)]
-        results.append(vmap(attention, in_dims=tuple(0 if j == i else None for j in everything(case)))(*mixed))
-    return results
-
-
-def use_vmap_of_vmap(attention, case):
-    outer = [torch.stack([t, t.cos()]) for t in directions(case, 3)]
-    return vmap(vmap(attention))(*outer)
-
-
-def use_vmap_of_grad(attention, case):
-    """Gradients of each sample."""
-    return vmap(gradient(attention, case))(*directions(case, 3))
-
-
-def use_vmap_of_grad_over_one_at_a_time(attention, case):
-    tensors, many = tensors_of(case), directions(case, 3)
-    results = []
-    for i in everything(case):
-        mixed = [many[j] if j == i else t for j, t in enumerate(tensors)]
-        in_dims = tuple(0 if j == i else None for j in everything(case))
-        results.append(vmap(gradient(attention, case), in_dims=in_dims)(*mixed))
-    return results
-
-
-def use_grad_of_vmap(attention, case):
-    def total(*tensors):
-        return vmap(loss(attention))(*tensors).sum()
-
-    return grad(total, everything(case))(*directions(case, 3))
-
-
-def use_vmap_of_jvp_of_grad(attention, case):
-    """A Hessian-vector product of each sample."""
-    vectors = directions(case)
-
-    def product(*tensors):
-        return jvp(gradient(attention, case), tensors, vectors)[1]
-
-    return vmap(product)(*directions(case, 3, seed=3))
-
-
-def use_jvp_twice_of_a_pullback(attention, case):
-    """The forward has left before forward mode begins."""
-    output, pull = vjp(attention, *tensors_of(case))
-
-    def tangent(cotangent):
-        return jvp(lambda c: pull(c.sin()), (cotangent,), (output,))[1]
-
-    return jvp(tangent, (output,), (output.cos(),))
-
-
-USES = [function for name, function in list(globals().items()) if name.startswith("use_")]
-
-
 @cases
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__.removeprefix("use_"))
 def test_functional_transforms_are_exact(use, case):
-    expected = use(plain(case), case)
-    assert (
-        max(t.abs().max() for t in torch.utils._pytree.tree_leaves(expected)) > 1e-3
-    )  # nothing is right by being zero
-    assert_close(use(fused(case), case), expected)
+    assert_transform_is_exact(use, fused(case), plain(case), maker(case))
 
 
 def test_functional_call_of_a_model_with_a_learned_bias():
@@ -343,32 +147,9 @@ def test_functional_call_of_a_model_with_a_learned_bias():
 # ---- the K-batched rule does the primal work once ------------------------------------------------------------------
 
 
-class Work(TorchDispatchMode):
-    """Counts the elements that softmaxes and the kernels of vitfast read."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if "softmax" in name or name.startswith("vitfast."):
-            self.elements[name] += sum(t.numel() for t in args if isinstance(t, torch.Tensor))
-        return function(*args, **(kwargs or {}))
-
-
 @cases
 def test_primal_work_is_done_once_for_all_tangents(case):
-    def work_for(count):
-        primals, vectors = tensors_of(case), directions(case, count)
-        with Work() as work:
-            vmap(lambda *v: jvp(gradient(fused(case), case), primals, v)[1])(*vectors)
-        return work.elements
-
-    once = work_for(1)
-    assert any(name.startswith("vitfast.window_attention") and "backward" in name for name in once)
-    assert any("softmax" in name for name in once)
-    assert work_for(16) == once
+    assert_primal_work_is_done_once(fused(case), maker(case), "window_attention")
 
 
 # ---- no tangent is lost --------------------------------------------------------------------------------------------
@@ -397,79 +178,9 @@ def public_functions():
         )
 
 
-def central_difference(function, primal, tangent):
-    step = 1e-6
-    return (function(primal + step * tangent) - function(primal - step * tangent)) / (2 * step)
-
-
 @pytest.mark.parametrize(("function", "primal"), [pytest.param(f, t, id=name) for name, t, f in public_functions()])
-class TestTangentsAreNotLost:
-    @pytest.fixture
-    def tangent(self, primal):
-        return torch.randn_like(primal)
-
-    @pytest.fixture
-    def expected(self, function, primal, tangent):
-        difference = central_difference(function, primal, tangent)
-        assert difference.abs().max() > 1e-2
-        return difference
-
-    def check(self, result, expected):
-        assert_close(result, expected, rtol=1e-6, atol=1e-7)
-
-    def test_jvp(self, function, primal, tangent, expected):
-        self.check(jvp(function, (primal,), (tangent,))[1], expected)
-
-    @pytest.mark.parametrize("needs_grad", [False, True])
-    def test_dual_tensors(self, function, primal, tangent, expected, needs_grad):
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(primal.clone().requires_grad_(needs_grad), tangent)
-            result = forward_ad.unpack_dual(function(dual)).tangent
-        assert result is not None
-        self.check(result, expected)
-
-    def test_dual_tensors_without_grad_mode(self, function, primal, tangent, expected):
-        with torch.no_grad(), forward_ad.dual_level():
-            result = forward_ad.unpack_dual(function(forward_ad.make_dual(primal, tangent))).tangent
-        assert result is not None
-        self.check(result, expected)
-
-    def test_dual_level_around_a_tensor_that_needs_grad(self, function, primal, tangent, expected):
-        """Tangents of the gradient: forward over reverse by hand."""
-
-        def slope(t):
-            t = t.detach().requires_grad_() if not t.requires_grad else t
-            return torch.autograd.grad(function(t).square().sum(), t)[0]
-
-        with forward_ad.dual_level():
-            leaf = primal.clone().requires_grad_()
-            result = forward_ad.unpack_dual(slope(forward_ad.make_dual(leaf, tangent))).tangent
-        assert result is not None
-        self.check(result, central_difference(slope, primal, tangent))
-
-    def test_vmap_of_jvp_without_batched_primal(self, function, primal, tangent, expected):
-        tangents = torch.stack([tangent, -2 * tangent])
-        result = vmap(lambda t: jvp(function, (primal,), (t,))[1])(tangents)
-        self.check(result, torch.stack([expected, -2 * expected]))
-
-    def test_reference_backend(self, function, primal, tangent, expected):
-        with vitfast.backend("reference"):
-            self.check(jvp(function, (primal,), (tangent,))[1], expected)
-
-    def test_inside_torch_compile(self, function, primal, tangent, expected):
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda p, t: jvp(function, (p,), (t,))[1], backend="aot_eager", fullgraph=True)
-        self.check(compiled(primal, tangent), expected)
-
-    def test_dual_tensors_given_to_a_compiled_function(self, function, primal, tangent, expected):
-        """Compiled before without tangents, so that a stale graph would lose them."""
-        torch._dynamo.reset()
-        compiled = torch.compile(function, backend="aot_eager")
-        compiled(primal)
-        with forward_ad.dual_level():
-            result = forward_ad.unpack_dual(compiled(forward_ad.make_dual(primal, tangent))).tangent
-        assert result is not None
-        self.check(result, expected)
+class TestTangentsAreNotLost(TangentsAreNotLost):
+    pass
 
 
 # ---- parts of the inputs, and of the graph -------------------------------------------------------------------------
@@ -477,30 +188,12 @@ class TestTangentsAreNotLost:
 
 @cases
 def test_gradients_of_any_subset_of_the_inputs(case):
-    tensors = tensors_of(case)
-    expected = grad(loss(plain(case)), everything(case))(*tensors)
-    for chosen in range(1, 2 ** len(tensors)):
-        some = [t.clone().requires_grad_(bool(chosen >> i & 1)) for i, t in enumerate(tensors)]
-        loss(fused(case))(*some).backward()
-        for i, (tensor, one) in enumerate(zip(some, expected, strict=True)):
-            if chosen >> i & 1:
-                assert_close(tensor.grad, one)
-            else:
-                assert tensor.grad is None
+    assert_gradients_of_any_subset(fused(case), plain(case), maker(case))
 
 
 @cases
 def test_double_backward_of_any_subset_of_the_inputs(case):
-    tensors = tensors_of(case)
-
-    def second_order(attention, chosen):
-        some = [t.clone().requires_grad_(bool(chosen >> i & 1)) for i, t in enumerate(tensors)]
-        leaves = [t for t in some if t.requires_grad]
-        first = torch.autograd.grad(loss(attention)(*some), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-    for chosen in range(1, 2 ** len(tensors)):
-        assert_close(second_order(fused(case), chosen), second_order(plain(case), chosen))
+    assert_double_backward_of_any_subset(fused(case), plain(case), maker(case))
 
 
 def test_gradient_penalty_trains_through_the_backward():
@@ -552,4 +245,4 @@ def test_anomaly_mode():
     case = CASES[0]
     with torch.autograd.detect_anomaly(check_nan=True):
         ours = torch.autograd.grad(loss(fused(case))(*(some := leaves(tensors_of(case)))), some)
-    assert_close(ours, grad(loss(plain(case)), everything(case))(*tensors_of(case)))
+    assert_close(ours, grad(loss(plain(case)), everything(maker(case)))(*tensors_of(case)))

@@ -26,7 +26,21 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _extension
-from vitfast.ops.backend import BackendError, choose
+from vitfast.ops._rules import (
+    bias_grad_like,
+    fold,
+    fold_bias,
+    forward_ad_active,
+    forward_ad_is_nested,
+    is_transformed,
+    lse_dtype,
+    may_be_differentiated,
+    records_gradients,
+    require_compilable,
+    unfold_bias_grad,
+    unmapped_shape,
+)
+from vitfast.ops.backend import choose
 
 NAME = "window_attention"
 SERVED = ("cpu", "triton")
@@ -60,36 +74,16 @@ def window_attention(
         return reference.window_attention(*_unpack(qkv), bias, **spec.options)
     tensors = (*qkv,) if bias is None else (*qkv, bias)
     if torch.compiler.is_compiling():
-        if _forward_ad_active():  # the registered operators have no forward-mode rule
+        if forward_ad_active():  # the registered operators have no forward-mode rule
             return reference.window_attention(*_unpack(qkv), bias, **spec.options)
-        _extension.require()  # it registers the operators, the Triton kernels' too
-        if spec.backend == "triton" and qkv[0].device.type == "cpu":
-            raise BackendError(f"{NAME}: Triton's interpreter cannot run inside of torch.compile; compile without it")
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        require_compilable(NAME, spec.backend, qkv[0].device)
+        needs_grad = records_gradients(tensors)
         return _operator(qkv)(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
-    if _forward_ad_is_nested():
+    if forward_ad_is_nested():
         return reference.window_attention(*_unpack(qkv), bias, **spec.options)
-    if not _may_be_differentiated(tensors):
+    if not may_be_differentiated(tensors):
         return _forward(spec, bias, qkv, return_lse=False)[0]
     return WindowAttention.apply(spec, bias, *qkv)[0]
-
-
-def _may_be_differentiated(tensors: tuple[Tensor, ...]) -> bool:
-    return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad_active()
-
-
-def _forward_ad_active() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def _forward_ad_is_nested() -> bool:
-    """Whether one `torch.func.jvp` runs inside another: PyTorch loses the outer tangent of a Function's `jvp`."""
-    return torch._functorch.eager_transforms.JVP_NESTING > 1
 
 
 def _unpack(qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,10 +162,10 @@ class WindowAttention(torch.autograd.Function):
         bias, lse, *qkv = ctx.saved_tensors
         if grad is None:
             return None, None, *(None for _ in qkv)
-        if _forward_ad_is_nested():
+        if forward_ad_is_nested():
             *qkv_grad, bias_grad = reference.window_attention_backward(grad, *_unpack(qkv), bias, **ctx.spec.options)
             return None, bias_grad, *_repack(len(qkv) == 1, *qkv_grad)
-        if torch.is_grad_enabled() or _is_transformed():
+        if torch.is_grad_enabled() or is_transformed():
             grads = WindowAttentionBackward.apply(ctx.spec, bias, lse, grad, *qkv)
         else:
             grads = _backward(ctx.spec, bias, lse, grad, qkv)
@@ -187,7 +181,7 @@ class WindowAttention(torch.autograd.Function):
         _, bias_dim, *qkv_dims = in_dims
         size, heads = info.batch_size, _heads(qkv[0], qkv_dims[0])
         folded = [_fold_heads(t, dim, size) for t, dim in zip(qkv, qkv_dims, strict=True)]
-        out, lse = WindowAttention.apply(spec, _fold_bias(bias, bias_dim, size, heads), *folded)
+        out, lse = WindowAttention.apply(spec, fold_bias(bias, bias_dim, size, heads, 0), *folded)
         return (out.unflatten(3, (size, heads)), lse.unflatten(1, (size, heads))), (3, 1)
 
 
@@ -229,17 +223,15 @@ class WindowAttentionBackward(torch.autograd.Function):
         folded = [_fold_heads(t, dim, size) for t, dim in zip(qkv, qkv_dims, strict=True)]
         grads = WindowAttentionBackward.apply(
             spec,
-            _fold_bias(bias, bias_dim, size, heads),
-            _fold(lse, lse_dim, size, 1).contiguous(),
+            fold_bias(bias, bias_dim, size, heads, 0),
+            fold(lse, lse_dim, size, 1).contiguous(),
             _fold_heads(grad, grad_dim, size),
             *folded,
         )
         outputs = [g.unflatten(-2, (size, heads)) for g in grads[: len(qkv)]]
         dims = [g.dim() - 3 for g in outputs]
         if bias is not None:
-            bias_grad = grads[-1].unflatten(0, (size, heads))
-            shared = bias.shape[0 if bias_dim != 0 else 1] == 1
-            outputs.append(bias_grad.sum(1, keepdim=True) if shared else bias_grad)
+            outputs.append(unfold_bias_grad(grads[-1], bias, bias_dim, size, 0))
             dims.append(0)
         return tuple(outputs), tuple(dims)
 
@@ -265,40 +257,22 @@ def _unpack_tangents(qkv_t):
     return qkv_t
 
 
-# vmap folds the mapped dimension into the heads: each head has its own scores and, in the gradient, its own bias.
-
-
 def _heads(x: Tensor, dim: int | None) -> int:
     """The number of heads of x = (..., heads, D) with a mapped dimension somewhere."""
-    return x.shape[-2] if dim is None else x.movedim(dim, 0).shape[-2]
-
-
-def _fold(x: Tensor, dim: int | None, size: int, at: int) -> Tensor:
-    """Moves the mapped dimension of x (or one made by expanding) in front of dimension ``at`` and merges the two."""
-    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
-    return x.flatten(at, at + 1)
+    return unmapped_shape(x, dim)[-2]
 
 
 def _fold_heads(x: Tensor, dim: int | None, size: int) -> Tensor:
-    rank = x.dim() - (dim is not None)
-    return _fold(x, dim, size, rank - 2)
-
-
-def _fold_bias(bias: Tensor | None, dim: int | None, size: int, heads: int) -> Tensor | None:
-    if bias is None:
-        return None
-    bias = bias if dim is None else bias.movedim(dim, 0)
-    return bias.expand(size, heads, *bias.shape[-2:]).flatten(0, 1)
+    return fold(x, dim, size, len(unmapped_shape(x, dim)) - 2)
 
 
 # ---- registered operators: fakes for tracing, autograd for torch.compile ---------------------------------------------
 
 
 def _fake(query, out_like, return_lse):
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, height, width, heads, _ = query.shape
     shape = (batch, heads, height, width) if return_lse else (0,)
-    return out_like(query), query.new_empty(shape, dtype=lse_dtype)
+    return out_like(query), query.new_empty(shape, dtype=lse_dtype(query.dtype))
 
 
 def _fake_forward(query, key, value, bias, window_size, shift, scale, return_lse):
@@ -309,16 +283,12 @@ def _fake_forward_packed(qkv, bias, window_size, shift, scale, return_lse):
     return _fake(qkv.select(3, 0), torch.empty_like, return_lse)
 
 
-def _bias_grad_like(bias, qkv):
-    return qkv.new_empty((0,)) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-
-
 def _fake_backward(grad, query, key, value, bias, lse, window_size, shift, scale):
-    return *(torch.empty_like(t) for t in (query, key, value)), _bias_grad_like(bias, query)
+    return *(torch.empty_like(t) for t in (query, key, value)), bias_grad_like(bias, query)
 
 
 def _fake_backward_packed(grad, qkv, bias, lse, window_size, shift, scale):
-    return torch.empty_like(qkv), _bias_grad_like(bias, qkv)
+    return torch.empty_like(qkv), bias_grad_like(bias, qkv)
 
 
 def _setup_compiled(ctx, inputs, output):

@@ -3,6 +3,12 @@
 This package imports nothing else of vitfast.
 """
 
+from vitfast.reference.attention import (
+    attention,
+    attention_backward,
+    attention_backward_tangent,
+    attention_tangent,
+)
 from vitfast.reference.window_attention import (
     window_attention,
     window_attention_backward,
@@ -14,6 +20,10 @@ from vitfast.reference.window_attention import (
 )
 
 __all__ = [
+    "attention",
+    "attention_backward",
+    "attention_backward_tangent",
+    "attention_tangent",
     "window_attention",
     "window_attention_backward",
     "window_attention_backward_tangent",

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitfast.reference._algebra import add, matmul, softmax_backward, softmax_backward_tangent, transposed
+
 Pair = tuple[int, int]
 
 
@@ -101,7 +103,7 @@ def window_attention_tangent(
     probabilities = _probabilities(grid, query, key, bias, scale)
     probabilities_t = _probabilities_tangent(grid, probabilities, query, key, tangents, scale)
     value_t = tangents[2]
-    output = _add(
+    output = add(
         None if probabilities_t is None else probabilities_t @ grid.keys(value),
         None if value_t is None else probabilities @ grid.keys(value_t),
     )
@@ -123,7 +125,7 @@ def window_attention_backward(
     grid = _Grid(query, key, window_size, shift)
     probabilities = _probabilities(grid, query, key, bias, scale)
     g, q, k, v = grid.queries(grad), grid.queries(query), grid.keys(key), grid.keys(value)
-    scores_grad = _softmax_backward(probabilities, g @ v.mT)
+    scores_grad = softmax_backward(probabilities, g @ v.mT)
     return (
         grid.reverse_queries(scale * (scores_grad @ k)),
         grid.reverse_keys(scale * (scores_grad.mT @ q)),
@@ -160,13 +162,12 @@ def window_attention_backward_tangent(
         for part, tangent in zip((grid.queries, grid.keys, grid.keys), tangents[:3], strict=True)
     )
     probabilities_grad = g @ v.mT
-    probabilities_grad_t = _add(_matmul(g_t, v.mT), _matmul(g, None if v_t is None else v_t.mT))
-    scores_grad = _softmax_backward(probabilities, probabilities_grad)
-    scores_grad_t = _softmax_backward_tangent(probabilities, probabilities_t, probabilities_grad, probabilities_grad_t)
-    transposed_t = None if scores_grad_t is None else scores_grad_t.mT
-    query_grad_t = _add(_matmul(scores_grad_t, k), _matmul(scores_grad, k_t))
-    key_grad_t = _add(_matmul(transposed_t, q), _matmul(scores_grad.mT, q_t))
-    value_grad_t = _add(None if probabilities_t is None else probabilities_t.mT @ g, _matmul(probabilities.mT, g_t))
+    probabilities_grad_t = add(matmul(g_t, v.mT), matmul(g, transposed(v_t)))
+    scores_grad = softmax_backward(probabilities, probabilities_grad)
+    scores_grad_t = softmax_backward_tangent(probabilities, probabilities_t, probabilities_grad, probabilities_grad_t)
+    query_grad_t = add(matmul(scores_grad_t, k), matmul(scores_grad, k_t))
+    key_grad_t = add(matmul(transposed(scores_grad_t), q), matmul(scores_grad.mT, q_t))
+    value_grad_t = add(matmul(transposed(probabilities_t), g), matmul(probabilities.mT, g_t))
     if bias is None:
         bias_grad_t = None
     elif scores_grad_t is None:
@@ -235,33 +236,9 @@ def _probabilities_tangent(
     grid: _Grid, probabilities: Tensor, query: Tensor, key: Tensor, tangents: tuple, scale: float
 ) -> Tensor | None:
     query_t, key_t, _, bias_t = tangents
-    scores_t = _add(
+    scores_t = add(
         None if query_t is None else scale * (grid.queries(query_t) @ grid.keys(key).mT),
         None if key_t is None else scale * (grid.queries(query) @ grid.keys(key_t).mT),
     )
-    scores_t = _add(scores_t, None if bias_t is None else bias_t.to(probabilities.dtype))
-    return None if scores_t is None else _softmax_backward(probabilities, scores_t)
-
-
-def _softmax_backward(probabilities: Tensor, x: Tensor) -> Tensor:
-    """The Jacobian of softmax, which is symmetric, applied to x."""
-    return probabilities * (x - (probabilities * x).sum(-1, keepdim=True))
-
-
-def _softmax_backward_tangent(p: Tensor, p_t: Tensor | None, x: Tensor, x_t: Tensor | None) -> Tensor | None:
-    """The tangent of `_softmax_backward` in both of its arguments."""
-    result = None
-    if p_t is not None:
-        inner = (p * x).sum(-1, keepdim=True)
-        result = p_t * (x - inner) - p * (p_t * x).sum(-1, keepdim=True)
-    return _add(result, None if x_t is None else _softmax_backward(p, x_t))
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def _matmul(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else a @ b
+    scores_t = add(scores_t, None if bias_t is None else bias_t.to(probabilities.dtype))
+    return None if scores_t is None else softmax_backward(probabilities, scores_t)

@@ -1,0 +1,84 @@
+"""What the operators' differentiation rules share: which transforms are active, and the fold of vmap's dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast.ops import _extension
+from vitfast.ops.backend import BackendError
+
+# ---- active transforms ---------------------------------------------------------------------------------------------
+
+
+def may_be_differentiated(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether anything may ask for a derivative with respect to one of the tensors."""
+    return is_transformed() or records_gradients(tensors)
+
+
+def records_gradients(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether autograd records what is computed from the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad_active()
+
+
+def forward_ad_active() -> bool:
+    """Whether forward-mode differentiation is going on."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def forward_ad_is_nested() -> bool:
+    """Whether one `torch.func.jvp` runs inside another: PyTorch loses the outer tangent of a Function's `jvp`."""
+    return torch._functorch.eager_transforms.JVP_NESTING > 1
+
+
+def require_compilable(operator: str, backend: str, device: torch.device) -> None:
+    """Raises where `torch.compile` could not call the registered operator."""
+    _extension.require()  # it registers the operators, the Triton kernels' too
+    if backend == "triton" and device.type == "cpu":
+        raise BackendError(f"{operator}: Triton's interpreter cannot run inside of torch.compile; compile without it")
+
+
+# ---- vmap folds the mapped dimension into the heads: each has its own scores and, in the gradient, its own bias -----
+
+
+def unmapped_shape(x: Tensor, dim: int | None) -> torch.Size:
+    """The shape of x without the mapped dimension ``dim``."""
+    return x.shape if dim is None else x.movedim(dim, 0).shape[1:]
+
+
+def fold(x: Tensor, dim: int | None, size: int, at: int) -> Tensor:
+    """Moves the mapped dimension of x (or one made by expanding) in front of dimension ``at`` and merges the two."""
+    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+    return x.flatten(at, at + 1)
+
+
+def fold_bias(bias: Tensor | None, dim: int | None, size: int, heads: int, at: int) -> Tensor | None:
+    """`fold` of a bias whose dimension ``at`` is the heads, which is expanded if it is 1."""
+    if bias is None:
+        return None
+    bias = bias.unsqueeze(at) if dim is None else bias.movedim(dim, at)
+    return bias.expand(*bias.shape[:at], size, heads, *bias.shape[at + 2 :]).flatten(at, at + 1)
+
+
+def unfold_bias_grad(bias_grad: Tensor, bias: Tensor, dim: int | None, size: int, at: int) -> Tensor:
+    """The gradient of a folded bias with the mapped dimension apart, in front of dimension ``at``."""
+    bias_grad = bias_grad.unflatten(at, (size, -1))
+    return bias_grad.sum(at + 1, keepdim=True) if unmapped_shape(bias, dim)[at] == 1 else bias_grad
+
+
+# ---- fakes ---------------------------------------------------------------------------------------------------------
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the logsumexp, in which scores are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bias_grad_like(bias: Tensor | None, like: Tensor) -> Tensor:
+    """An unwritten gradient of the bias, empty if there is none."""
+    return like.new_empty((0,)) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
