@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close_to_reference
+from modules import assert_same, output_and_gradients
 from timm.models import swin_transformer as timm_swin
 
 import vitfast
@@ -30,22 +31,6 @@ def region_mask(num_windows, area):
     return torch.zeros(num_windows, area, area, dtype=torch.float64).masked_fill(
         region[:, :, None] != region[:, None, :], float("-inf")
     )
-
-
-def output_and_gradients(module, x, *args, **kwargs):
-    """By name: the output, and the gradients of a function of it."""
-    x = x.detach().requires_grad_()
-    out = module(x, *args, **kwargs)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    grads = torch.autograd.grad((out * weight).sum(), (x, *parameters))
-    return {"output": out, **dict(zip(("x", *names), grads, strict=True))}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
