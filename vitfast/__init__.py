@@ -1,8 +1,8 @@
-"""vitfast: fused window attention for vision models in PyTorch."""
+"""vitfast: fused attention for vision models in PyTorch."""
 
 from vitfast import functional, nn
 from vitfast._version import __version__
-from vitfast.models import create_model, list_models
+from vitfast.models import accelerate, create_model, list_models, restore
 from vitfast.ops._extension import ExtensionError
 from vitfast.ops.backend import BackendError, backend
 
@@ -10,9 +10,11 @@ __all__ = [
     "BackendError",
     "ExtensionError",
     "__version__",
+    "accelerate",
     "backend",
     "create_model",
     "functional",
     "list_models",
     "nn",
+    "restore",
 ]

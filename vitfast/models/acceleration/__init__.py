@@ -1,0 +1,187 @@
+"""Fused attention inside models of other libraries: `accelerate` and `restore`.
+
+A module is taken over by giving it another class, a subclass of its own that overrides the method in which the
+attention happens. Parameters, buffers, hooks, attributes and state-dict keys stay the very same objects; copying,
+pickling and `isinstance` go on to work; `restore` gives the class back.
+
+Each library has an adapter, a module of this package, imported only if the library itself has been. Classes are
+compared exactly: a subclass may have changed what this package knows, and is left as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+from torch import nn
+
+__all__ = ["Adaptation", "Report", "accelerate", "register_attention", "restore"]
+
+# Adapters by the library they know.
+_ADAPTERS = {
+    "timm": "vitfast.models.acceleration.timm_adapter",
+    "torchvision": "vitfast.models.acceleration.torchvision_adapter",
+    "transformers": "vitfast.models.acceleration.transformers_adapter",
+}
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How modules of one class are taken over.
+
+    Attributes:
+        fused: the subclass they become.
+        obstacle: why a module of that class must stay as it is, or None.
+    """
+
+    fused: type[nn.Module]
+    obstacle: Callable[[nn.Module], str | None]
+
+
+@dataclass
+class Report:
+    """What `accelerate` did.
+
+    Attributes:
+        replaced: names of the modules that now use fused kernels, with their classes.
+        kept: names of the modules that were left although they compute attention, with the reason.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} modules use fused attention:"] if self.replaced else []
+        lines += [f"  {name or '(the model itself)'}: {kind}" for name, kind in self.replaced.items()]
+        lines += [f"{len(self.kept)} were left as they are:"] if self.kept else []
+        lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines) or "no module of a known class: nothing was changed"
+
+
+def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
+    """Replaces the attention of a timm, torchvision or transformers model by fused kernels, in place.
+
+    Weights, state-dict keys, hooks and the results, within rounding, stay the same, gradients included. Known are
+
+    - timm: the attention of the ViT and DeiT families and of all models built of ``timm.layers.Attention``, PiT among
+      them; the blocks of Swin, where roll, partition and reverse disappear too;
+    - torchvision: the attention of Swin (not of version 2, whose cosine attention has no kernel) and the encoder blocks
+      of ``VisionTransformer``;
+    - transformers: the attention of ViT and DeiT, and the layers of Swin, as long as their configuration asks for
+      ``attn_implementation="sdpa"``, the default; ``"eager"`` is how one asks for attention maps.
+
+    Everything else is left as it is. What a fused module cannot do (dropout of attention weights in training, causal
+    masks, padded and shifted windows of timm, modules whose hooks would see something else) it leaves, call by call, to
+    the code it replaced. Calling this again takes over what has been added since, and changes nothing else.
+
+    Args:
+        model: any module; it is changed in place.
+        report: whether to return a `Report` instead of the model.
+
+    Returns:
+        ``model``, or what was done to it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    >>> model = vitfast.accelerate(timm.create_model("vit_small_patch16_224"))
+    """
+    _check(model, "accelerate")
+    result = Report()
+    adaptations = _adaptations()
+    fused_classes = _fused_classes()
+    inside = None  # of which replaced module the parts are being passed
+    for name, module in model.named_modules():
+        kind = type(module)
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if kind in adaptations:
+            obstacle = adaptations[kind].obstacle(module)
+            if obstacle is None:
+                module.__class__ = adaptations[kind].fused
+            else:
+                result.kept[name] = f"{kind.__qualname__}: {obstacle}"
+        elif kind not in fused_classes:
+            reason = _unknown_attention(kind)
+            if reason is not None:
+                result.kept[name] = reason
+        if type(module) in fused_classes:
+            result.replaced[name] = _original(type(module)).__qualname__
+            inside = f"{name}." if name else ""
+    return result if report else model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate`, in place; a model that was never accelerated stays as it is.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check(model, "restore")
+    for module in model.modules():
+        if type(module) in _fused_classes():
+            module.__class__ = _original(type(module))
+    return model
+
+
+def register_attention() -> None:
+    """Makes ``attn_implementation="vitfast"`` known to transformers, for every model that takes one.
+
+    Raises:
+        ImportError: transformers is not installed.
+
+    >>> vitfast.models.register_attention()
+    >>> transformers.AutoModel.from_pretrained(name, attn_implementation="vitfast")
+    """
+    importlib.import_module(_ADAPTERS["transformers"]).register()
+
+
+def _check(model: object, function: str) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"{function} takes a model, an instance of torch.nn.Module; got the class {model.__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module; got {type(model).__name__}")
+
+
+def _adaptations() -> dict[type[nn.Module], Adaptation]:
+    """Of the libraries that are in use, by the class that is replaced."""
+    found: dict[type[nn.Module], Adaptation] = {}
+    for library in _ADAPTERS:
+        if library in sys.modules:
+            found |= _adapter(library)
+    return found
+
+
+@cache
+def _adapter(library: str) -> dict[type[nn.Module], Adaptation]:
+    return importlib.import_module(_ADAPTERS[library]).ADAPTATIONS
+
+
+def _fused_classes() -> set[type[nn.Module]]:
+    return {adaptation.fused for adaptation in _adaptations().values()}
+
+
+def _original(fused: type[nn.Module]) -> type[nn.Module]:
+    """The class that a fused one replaces: its only base."""
+    return fused.__bases__[0]
+
+
+def _unknown_attention(kind: type[nn.Module]) -> str | None:
+    """Why a module that looks like attention is not taken over."""
+    known = next((base for base in kind.__mro__[1:] if base in _adaptations()), None)
+    if known is not None:
+        return f"{kind.__qualname__} is a subclass of {known.__qualname__} and may compute something else"
+    library = kind.__module__.partition(".")[0]
+    if library in _ADAPTERS and "Attention" in kind.__name__:
+        return f"there is no fused kernel for {kind.__module__}.{kind.__qualname__}"
+    return None

@@ -1,0 +1,68 @@
+"""torchvision: the attention of Swin, and the encoder blocks of VisionTransformer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+from torchvision.models.vision_transformer import EncoderBlock
+
+from vitfast import functional
+from vitfast.models.acceleration import Adaptation
+from vitfast.models.acceleration._conditions import has_hooks
+
+
+class FusedShiftedWindowAttention(ShiftedWindowAttention):
+    """torchvision's Swin attention with its windows, shift and region mask inside the fused operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.attention_dropout > 0:
+            return super().forward(x)
+        height, width = x.shape[1:3]
+        rows, columns = self.window_size
+        # As torchvision does it: padded with zeros, which then are keys as well.
+        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        shift = tuple(
+            0 if window >= size else shift
+            for shift, window, size in zip(self.shift_size, self.window_size, x.shape[1:3], strict=True)
+        )
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1))
+        bias = self.get_relative_position_bias().squeeze(0)
+        output = functional.window_attention_qkvpacked(qkv, bias, window_size=(rows, columns), shift=shift)
+        output = F.linear(output.flatten(3), self.proj.weight, self.proj.bias)
+        output = F.dropout(output, p=self.dropout, training=self.training)
+        return output[:, :height, :width].contiguous()
+
+
+class FusedEncoderBlock(EncoderBlock):
+    """torchvision's ViT block with its `torch.nn.MultiheadAttention` computed by the fused operator."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        attention = self.self_attention
+        if (attention.training and attention.dropout > 0) or has_hooks(attention):
+            return super().forward(input)
+        torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
+        qkv = F.linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias)
+        output = functional.attention_qkvpacked(qkv.unflatten(-1, (3, attention.num_heads, -1)))
+        output = F.linear(output.flatten(2), attention.out_proj.weight, attention.out_proj.bias)
+        x = self.dropout(output) + input
+        return x + self.mlp(self.ln_2(x))
+
+
+def _no_obstacle(_: nn.Module) -> None:
+    return None
+
+
+def _has_other_attention(block: nn.Module) -> str | None:
+    attention = block.self_attention
+    if type(attention) is not nn.MultiheadAttention:
+        return f"its attention is a {type(attention).__qualname__}, not torch.nn.MultiheadAttention"
+    plain = attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
+    return None if plain and attention.batch_first else "its torch.nn.MultiheadAttention has unusual options"
+
+
+ADAPTATIONS = {
+    ShiftedWindowAttention: Adaptation(FusedShiftedWindowAttention, _no_obstacle),
+    EncoderBlock: Adaptation(FusedEncoderBlock, _has_other_attention),
+}

@@ -1,0 +1,126 @@
+"""transformers 5: attention of ViT and DeiT, the layers of Swin, and the attention implementation "vitfast"."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.models.deit.modeling_deit import DeiTAttention
+from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer
+from transformers.models.vit.modeling_vit import ViTAttention
+
+from vitfast import functional
+from vitfast.models.acceleration import Adaptation
+from vitfast.models.acceleration._conditions import has_hooks
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query (B, heads, N, D) in, (B, N, heads, D) out, without the weights."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
+    output = functional.attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=scaling,
+        is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
+        dropout_p=dropout,
+    )
+    return output.transpose(1, 2), None
+
+
+def register() -> None:
+    """Makes ``attn_implementation="vitfast"`` known to transformers."""
+    AttentionInterface.register("vitfast", attention_forward)
+
+
+def _projected(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of x (..., channels), each (..., heads, D)."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return tuple(projection(x).unflatten(-1, (-1, attention.head_dim)) for projection in projections)
+
+
+def _is_fusible(attention: nn.Module) -> bool:
+    """Whether the weights are neither asked for nor dropped."""
+    drops = attention.training and attention.attention_dropout > 0
+    return attention.config._attn_implementation == "sdpa" and not drops
+
+
+def _self_attention(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor, None]:
+    """ViT's and DeiT's attention."""
+    query, key, value = (t.transpose(1, 2) for t in _projected(attention, hidden_states))
+    output = functional.attention(query, key, value, scale=attention.scaling)
+    return attention.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+class FusedViTAttention(ViTAttention):
+    """ViT's attention on `vitfast.functional.attention`."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        if attention_mask is not None or not _is_fusible(self):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return _self_attention(self, hidden_states)
+
+
+class FusedDeiTAttention(DeiTAttention):
+    """DeiT's attention on `vitfast.functional.attention`."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        if attention_mask is not None or not _is_fusible(self):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return _self_attention(self, hidden_states)
+
+
+class FusedSwinLayer(SwinLayer):
+    """Swin's layer with its windows, shift and region mask inside the fused operator."""
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
+    ):
+        attention = self.attention
+        if not _is_fusible(attention) or has_hooks(attention) or min(input_dimensions) < self.window_size:
+            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        height, width = input_dimensions
+        window = self.window_size
+        x = self.layernorm_before(hidden_states).unflatten(1, (height, width))
+        # As transformers does it: padded with zeros, which then are keys as well.
+        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+        output = functional.window_attention(
+            *_projected(attention, x),
+            attention.relative_position_bias().squeeze(0),
+            window_size=window,
+            shift=self.shift_size,
+            scale=attention.scaling,
+        )
+        output = self.dropout(attention.o_proj(output.flatten(3)))[:, :height, :width].flatten(1, 2)
+        hidden_states = hidden_states + self.drop_path(output)
+        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states, None
+
+
+def _no_obstacle(_: nn.Module) -> None:
+    return None
+
+
+def _has_other_attention(layer: nn.Module) -> str | None:
+    kind = type(layer.attention)
+    return None if kind is SwinAttention else f"its attention is a {kind.__qualname__}, not SwinAttention"
+
+
+ADAPTATIONS = {
+    ViTAttention: Adaptation(FusedViTAttention, _no_obstacle),
+    DeiTAttention: Adaptation(FusedDeiTAttention, _no_obstacle),
+    SwinLayer: Adaptation(FusedSwinLayer, _has_other_attention),
+}
