@@ -75,8 +75,7 @@ COMPILE += [
 
 setup(
     packages=[
-        "vitfast",
-        *(f"vitfast.{path.name}" for path in sorted((ROOT / "vitfast").iterdir()) if (path / "__init__.py").exists()),
+        *(".".join(path.parent.relative_to(ROOT).parts) for path in sorted((ROOT / "vitfast").rglob("__init__.py"))),
         "vitfast.kernels",
     ],
     package_dir={"vitfast": "vitfast", "vitfast.kernels": "kernels"},
