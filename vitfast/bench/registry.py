@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from vitfast.bench import window_attention
+from vitfast.bench import attention, window_attention
 from vitfast.bench.case import Case
 
 __all__ = ["cases"]
 
-_OPERATORS = (window_attention,)
+_OPERATORS = (window_attention, attention)
 
 
 def cases(pattern: str = "*") -> list[Case]:
