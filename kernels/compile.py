@@ -25,7 +25,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import window_attention
+from . import attention, window_attention
+from .common import statistics_dtype
 from .launch import Launch
 
 ARCHS = (80, 90, 100)
@@ -60,7 +61,7 @@ def _window_attention_case(
         else:
             packed = torch.empty(128, size, size, 3, heads, head_dim, dtype=dtype, device="meta")
             query, key, value = packed.unbind(3)
-        statistics = torch.float64 if dtype == torch.float64 else torch.float32
+        statistics = statistics_dtype(dtype)
         bias = query.new_empty((1 if channels_first else heads, window**2, window**2), dtype=statistics)
         lse = query.new_empty((128, heads, size, size), dtype=statistics)
         out = torch.empty_like(query)
@@ -74,13 +75,34 @@ def _window_attention_case(
     return launches
 
 
-# Swin-T; AlterNet on ImageNet and CIFAR maps; the windows of Swin V2 and of Swin at 384 pixels
+def _attention_case(head_dim: int, bias_shape: tuple[int, ...] | None) -> Callable[[torch.dtype], list[Launch]]:
+    """Both directions of 197 tokens in 6 heads from a packed projection, with a bias of this shape."""
+
+    def launches(dtype: torch.dtype) -> list[Launch]:
+        packed = torch.empty(128, 197, 3, 6, head_dim, dtype=dtype, device="meta")
+        query, key, value = (t.transpose(1, 2) for t in packed.unbind(2))
+        bias = None if bias_shape is None else query.new_empty(bias_shape, dtype=statistics_dtype(dtype))
+        lse = query.new_empty((128, 6, 197), dtype=statistics_dtype(dtype))
+        out = query.new_empty((128, 197, 6, head_dim)).transpose(1, 2)
+        scale = head_dim**-0.5
+        forward = attention.forward_launch(query, key, value, bias, out, lse, scale)
+        backward, _ = attention.backward_launches(out, query, key, value, bias, out, lse, query, key, value, scale)
+        return [forward, *backward]
+
+    return launches
+
+
+# Swin-T; AlterNet on ImageNet and CIFAR maps; the windows of Swin V2 and of Swin at 384 pixels; the head dimensions of
+# vision transformers without a bias, with a learned one, and with one for each key, such as a padding mask
 CASES: dict[str, Callable[[torch.dtype], list[Launch]]] = {
     "swin 7x7 D=32": _window_attention_case(3, 32, 7, channels_first=False),
     "alternet 7x7 D=64": _window_attention_case(6, 64, 7, channels_first=True),
     "alternet 4x4 D=64": _window_attention_case(6, 64, 4, channels_first=True),
     "swin 8x8 D=32": _window_attention_case(3, 32, 8, channels_first=False),
     "swin 12x12 D=32": _window_attention_case(4, 32, 12, channels_first=False),
+    **{f"vit D={d}": _attention_case(d, None) for d in (32, 48, 64, 80, 128)},
+    **{f"vit D={d} bias": _attention_case(d, (1, 6, 197, 197)) for d in (32, 48, 64, 80, 128)},
+    "vit D=64 key bias": _attention_case(64, (128, 1, 1, 197)),
 }
 
 

@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import divide_rows, dot, scaled, statistics_dtype, terms_per_program
 from .launch import Launch
 
 Pair = tuple[int, int]
@@ -53,6 +54,15 @@ def _window(index, windows):
     """The batch entry of window ``index``, and its row and column in the grid of ``windows``."""
     line = index // windows[1]
     return line // windows[0], line % windows[0], index % windows[1]
+
+
+@triton.jit
+def _program(heads, windows, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, window and first of its TOKENS of this program; heads run fastest, then blocks of tokens, then windows."""
+    BLOCKS: tl.constexpr = tl.cdiv(TOKENS, BLOCK)
+    pid = tl.program_id(0)
+    block = pid // heads
+    return (pid % heads).to(tl.int64), _window(block // BLOCKS, windows), block % BLOCKS * BLOCK
 
 
 @triton.jit
@@ -138,32 +148,22 @@ def _load_bias(
 
 
 @triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _scaled(x, scale):
-    """x times a scale that is a float64, in the dtype of x."""
-    return x * tl.full([], scale, x.dtype)
-
-
-@triton.jit
 def _probabilities(q, k, bias, lse, queries, keys, scale):
     """P of one tile from the saved L; zero wherever a query or a key is outside the map. [BLOCK_N, BLOCK_M]
 
     The rounding of L scales a row by some 1 + |L| eps, which shows in dP - delta: divide P by the sums of its rows.
     """
-    s = _scaled(_dot(q, tl.trans(k)), scale) + bias
+    s = scaled(dot(q, tl.trans(k)), scale) + bias
     # Queries outside the map must go too: their L was never written, and P is contracted over them in dK and dV.
     s = tl.where(queries[3][:, None] & keys[3][None, :], s, float("-inf"))
     return tl.exp(s - lse[:, None])
 
 
 @triton.jit
-def _divide_rows(x, total):
-    """x over the sums of the rows of P, which are 0 for queries outside the map and leave x as it is."""
-    return x / tl.where(total > 0, total, 1.0)
+def _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale):
+    """P and dS of one tile from the saved L and the sums over whole rows. [BLOCK_N, BLOCK_M]"""
+    p = divide_rows(_probabilities(q, k, bias, lse, queries, keys, scale), total[:, None])
+    return p, p * (dot(g, tl.trans(v)) - delta[:, None])
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -184,11 +184,7 @@ def window_attention_fwd_kernel(
     """Out and L of one block of queries of one window and head; heads run fastest, then blocks, then windows."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1]
     M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
-    pid = tl.program_id(0)
-    head = (pid % heads).to(tl.int64)
-    block = pid // heads
-    window = _window(block // tl.cdiv(N, BLOCK_N), windows)
-    start_n = block % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    head, window, start_n = _program(heads, windows, N, BLOCK_N)
     queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
     q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
 
@@ -200,7 +196,7 @@ def window_attention_fwd_kernel(
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        s = _scaled(_dot(q, tl.trans(k)), scale) + bias  # [BLOCK_N, BLOCK_M]
+        s = scaled(dot(q, tl.trans(k)), scale) + bias  # [BLOCK_N, BLOCK_M]
         s = tl.where(keys[3][None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         # All keys of the first blocks may be outside the map: -inf - (-inf) would be NaN.
@@ -208,7 +204,7 @@ def window_attention_fwd_kernel(
         p = tl.exp(s - reference[:, None])
         decay = tl.exp(top - reference)
         total = total * decay + tl.sum(p, 1)
-        out = out * decay[:, None] + _dot(p.to(v.dtype), v)
+        out = out * decay[:, None] + dot(p.to(v.dtype), v)
         top = new_top
 
     _store(out_ptr, out_strides, queries, head, out / total[:, None], D, BLOCK_D, CHANNELS_FIRST)
@@ -256,20 +252,21 @@ def window_attention_bwd_kernel(
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
         lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
-        p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
-        dp = _dot(g, tl.trans(v))  # [BLOCK_N, BLOCK_M]
         if delta_ptr is None:
-            p = _divide_rows(p, tl.sum(p, 1)[:, None])
+            p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+            p = divide_rows(p, tl.sum(p, 1)[:, None])
+            dp = dot(g, tl.trans(v))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - tl.sum(p * dp, 1)[:, None])
-            dv = _dot(tl.trans(p.to(g.dtype)), g)  # [BLOCK_M, BLOCK_D]
+            dv = dot(tl.trans(p.to(g.dtype)), g)  # [BLOCK_M, BLOCK_D]
             _store(dv_ptr, dv_strides, keys, head, dv, D, BLOCK_D, CHANNELS_FIRST)
-            dq = _scaled(_dot(ds.to(k.dtype), k), scale)  # [BLOCK_N, BLOCK_D]
+            dq = scaled(dot(ds.to(k.dtype), k), scale)  # [BLOCK_N, BLOCK_D]
             _store(dq_ptr, dq_strides, queries, head, dq, D, BLOCK_D, CHANNELS_FIRST)
-            dk = _scaled(_dot(tl.trans(ds.to(q.dtype)), q), scale)  # [BLOCK_M, BLOCK_D]
+            dk = scaled(dot(tl.trans(ds.to(q.dtype)), q), scale)  # [BLOCK_M, BLOCK_D]
             _store(dk_ptr, dk_strides, keys, head, dk, D, BLOCK_D, CHANNELS_FIRST)
         else:
-            p = _divide_rows(p, tl.load(total_ptr + rows, mask=queries[3], other=0.0)[:, None])
-            ds = p * (dp - tl.load(delta_ptr + rows, mask=queries[3], other=0.0)[:, None])
+            delta = tl.load(delta_ptr + rows, mask=queries[3], other=0.0)
+            total = tl.load(total_ptr + rows, mask=queries[3], other=0.0)
+            _, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)
         dbias += ds
         index += 1
 
@@ -292,11 +289,7 @@ def window_attention_bwd_query_kernel(
     """dQ, delta and the sums of the rows of P of one block of queries; programs in the order of the forward."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1]
     M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
-    pid = tl.program_id(0)
-    head = (pid % heads).to(tl.int64)
-    block = pid // heads
-    window = _window(block // tl.cdiv(N, BLOCK_N), windows)
-    start_n = block % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    head, window, start_n = _program(heads, windows, N, BLOCK_N)
     queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
     rows = _row_offsets(queries, head, heads, query_grid)  # [BLOCK_N]
     q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
@@ -312,9 +305,9 @@ def window_attention_bwd_query_kernel(
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
         p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
-        delta += tl.sum(p * _dot(g, tl.trans(v)), 1)
+        delta += tl.sum(p * dot(g, tl.trans(v)), 1)
         total += tl.sum(p, 1)
-    delta = _divide_rows(delta, total)
+    delta = divide_rows(delta, total)
     tl.store(delta_ptr + rows, delta, mask=queries[3])
     tl.store(total_ptr + rows, total, mask=queries[3])
 
@@ -324,10 +317,9 @@ def window_attention_bwd_query_kernel(
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        p = _divide_rows(_probabilities(q, k, bias, lse, queries, keys, scale), total[:, None])  # [BLOCK_N, BLOCK_M]
-        ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
-        dq += _dot(ds.to(k.dtype), k)
-    _store(dq_ptr, dq_strides, queries, head, _scaled(dq, scale), D, BLOCK_D, CHANNELS_FIRST)
+        _, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        dq += dot(ds.to(k.dtype), k)
+    _store(dq_ptr, dq_strides, queries, head, scaled(dq, scale), D, BLOCK_D, CHANNELS_FIRST)
 
 
 @_jit
@@ -342,11 +334,7 @@ def window_attention_bwd_key_kernel(
     """dK and dV of one block of keys; heads run fastest, then blocks, then windows."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1]
     M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
-    pid = tl.program_id(0)
-    head = (pid % heads).to(tl.int64)
-    block = pid // heads
-    window = _window(block // tl.cdiv(M, BLOCK_M), windows)
-    start_m = block % tl.cdiv(M, BLOCK_M) * BLOCK_M
+    head, window, start_m = _program(heads, windows, M, BLOCK_M)
     keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
     k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
     v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
@@ -362,11 +350,10 @@ def window_attention_bwd_key_kernel(
         lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
         delta = tl.load(delta_ptr + rows, mask=queries[3], other=0.0)
         total = tl.load(total_ptr + rows, mask=queries[3], other=0.0)
-        p = _divide_rows(_probabilities(q, k, bias, lse, queries, keys, scale), total[:, None])  # [BLOCK_N, BLOCK_M]
-        ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
-        dv += _dot(tl.trans(p.to(g.dtype)), g)
-        dk += _dot(tl.trans(ds.to(q.dtype)), q)
-    _store(dk_ptr, dk_strides, keys, head, _scaled(dk, scale), D, BLOCK_D, CHANNELS_FIRST)
+        p, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        dv += dot(tl.trans(p.to(g.dtype)), g)
+        dk += dot(tl.trans(ds.to(q.dtype)), q)
+    _store(dk_ptr, dk_strides, keys, head, scaled(dk, scale), D, BLOCK_D, CHANNELS_FIRST)
     _store(dv_ptr, dv_strides, keys, head, dv, D, BLOCK_D, CHANNELS_FIRST)
 
 
@@ -413,14 +400,6 @@ def offset_dtype(tensors: list[Tensor]) -> tl.dtype:
     return tl.int32 if max(spans) < 2**31 else tl.int64
 
 
-def windows_per_program(windows: int, parallel: int) -> int:
-    """How many windows a program adds up for the bias: about 1024 programs, with ``parallel`` of them per chunk.
-
-    That many fill the largest GPUs, and their partial sums stay below 16 MiB.
-    """
-    return triton.cdiv(windows, max(1, 1024 // parallel))
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -434,7 +413,7 @@ def forward(
     """O in the layout of ``query``, and L, which is empty, (0,), if it is not asked for."""
     batch, height, width, heads, _ = query.shape
     out = torch.empty_like(query)
-    lse = query.new_empty((batch, heads, height, width) if return_lse else (0,), dtype=_statistics_dtype(query))
+    lse = query.new_empty((batch, heads, height, width) if return_lse else (0,), dtype=statistics_dtype(query.dtype))
     if out.numel():
         lse_or_none = lse if return_lse else None
         forward_launch(query, key, value, bias, out, lse_or_none, window_size, shift, scale).run()
@@ -513,7 +492,7 @@ def backward_launches(
     tiles = call.blocks_n * call.blocks_m
     per_program, partial = 1, None
     if bias is not None:
-        per_program = windows_per_program(call.windows, call.heads * tiles)
+        per_program = terms_per_program(call.windows, call.heads * tiles)
         chunks = triton.cdiv(call.windows, per_program)
         partial = lse.new_empty((chunks, call.heads, call.n, call.m))
     whole = tiles == 1
@@ -600,7 +579,3 @@ class _Call:
             num_warps=self.num_warps,
             num_stages=num_stages,
         )
-
-
-def _statistics_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -13,6 +13,7 @@ from helpers import LAYOUTS, Case, assert_results_close, exact, expected, fused,
 import vitfast
 from vitfast import reference
 from vitfast.kernels import window_attention as kernels
+from vitfast.kernels.common import terms_per_program
 
 CASES = [
     Case(size=(3, 2), window=(1, 1), heads=2, dim=16),
@@ -73,8 +74,8 @@ def test_excluding_keys_by_an_infinite_bias():
 def test_windows_of_one_chunk_are_added_up(window, monkeypatch):
     """Each program takes three of the windows, which leaves fewer for the last one."""
     case = Case(size=(window[0], window[1] + 1), window=window, shift=(0, 1), heads=1, dim=16)
-    assert kernels.windows_per_program(4, parallel=1) == 1
-    monkeypatch.setattr(kernels, "windows_per_program", lambda windows, parallel: 3)
+    assert terms_per_program(4, parallel=1) == 1
+    monkeypatch.setattr(kernels, "terms_per_program", lambda terms, parallel: 3)
     inputs, plain_results, exact_results = expected(case, torch.float32)
     assert_results_close(fused(case, inputs), plain_results, exact_results)
 
@@ -157,7 +158,7 @@ def test_backward_writes_every_gradient_and_nothing_else(window, layout):
 
 @pytest.mark.parametrize("window", [(4, 4), (9, 9)], ids=["one block", "several blocks"])
 def test_deterministic(window):
-    case = Case(size=(5, 3), window=window, shift=(2, 1), heads=1, dim=16, bias="shared")
+    case = Case(size=(5, 3), window=window, shift=(2, 1), heads=1, dim=16, bias="shared", batch=1)
     inputs = make_inputs(case, torch.float32)
     for first, second in zip(fused(case, inputs), fused(case, inputs), strict=True):
         assert torch.equal(first, second)

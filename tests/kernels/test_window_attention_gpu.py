@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_checks import (
+    MARKS,
+    assert_autocast_is_right,
+    assert_same_when_compiled,
+    assert_second_derivatives_are_exact,
+    assert_vmap_shares_the_primal,
+    on_cpu,
+    on_gpu,
+)
 from helpers import LAYOUTS, Case, Results, assert_results_close, exact, fused, make_inputs, plain
 
-import vitfast
+from vitfast import reference
 from vitfast.functional import window_attention, window_attention_qkvpacked
 from vitfast.kernels import window_attention as kernels
 from vitfast.ops import backend as backend_module
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; run by `make gpu-test`"),
-]
+pytestmark = MARKS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [
@@ -38,24 +44,6 @@ CASES = [
     Case(batch=0),
     Case(size=(0, 7), bias="shared"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    """Forces the kernels, and keeps plain PyTorch, which the tolerance is taken from, at float32's full precision."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with vitfast.backend("triton"):
-        yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def on_cpu(results):
-    return type(results)(*(None if t is None else t.cpu() for t in results))
-
-
-def on_gpu(inputs):
-    return inputs.map(lambda t: t.cuda())
 
 
 def assert_fused_is_right(case, inputs):
@@ -159,16 +147,69 @@ def test_default_backend_of_a_gpu_is_triton(monkeypatch):
     assert backend_module.choose("window_attention", ("cpu", "triton"), torch.device("cuda")) == "triton"
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_hessian_vector_products_share_the_kernels(k):
-    """vmap over k tangents of the gradient: as k calls without vmap."""
-    case = Case(size=(8, 8), window=(4, 4), shift=(2, 2), heads=2, dim=16)
-    query, key, value, bias, grad = on_gpu(make_inputs(case, torch.float64))
-    gradient = torch.func.grad(lambda q: (window_attention(q, key, value, bias, **case.options) * grad).sum())
+# ---- derivatives, torch.compile, autocast ----------------------------------------------------------------------------
 
-    def product(tangent):
-        return torch.func.jvp(gradient, (query,), (tangent,))[1]
+SMALL = [
+    Case(size=(8, 8), window=(4, 4), shift=(2, 2), heads=2, dim=16),
+    Case(size=(9, 10), window=(9, 9), shift=(4, 1), heads=1, dim=16, batch=1, bias="shared"),
+    Case(size=(8, 8), window=(4, 4), heads=2, dim=16, bias=None, packed=True),
+]
+small = pytest.mark.parametrize("case", SMALL, ids=str)
 
-    tangents = torch.randn(k, *query.shape, dtype=query.dtype, device=query.device)
-    one_by_one = torch.stack([product(tangent) for tangent in tangents])
-    torch.testing.assert_close(torch.func.vmap(product)(tangents), one_by_one)
+
+def gpu_arguments(case, dtype):
+    """(query, key, value[, bias]), or (qkv[, bias]) if the case is packed."""
+    *tensors, bias, _ = on_gpu(make_inputs(case, dtype))
+    tensors = [torch.stack(tensors, dim=3)] if case.packed else tensors
+    return tuple(tensors) if bias is None else (*tensors, bias)
+
+
+def fused_function(case):
+    operator = window_attention_qkvpacked if case.packed else window_attention
+    return lambda *tensors: operator(*tensors, **case.options)
+
+
+def plain_function(case):
+    def plain_attention(*tensors):
+        if case.packed:
+            tensors = (*tensors[0].unbind(3), *tensors[1:])
+        return reference.window_attention(*tensors, **case.reference_options)
+
+    return plain_attention
+
+
+@small
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile(case, dtype):
+    assert_same_when_compiled(fused_function(case), gpu_arguments(case, dtype))
+
+
+@small
+def test_double_backward(case):
+    assert_second_derivatives_are_exact(fused_function(case), plain_function(case), gpu_arguments(case, torch.float64))
+
+
+@small
+@pytest.mark.parametrize("count", [1, 3])
+def test_hessian_vector_products_share_the_kernels(case, count):
+    assert_vmap_shares_the_primal(fused_function(case), gpu_arguments(case, torch.float64), count)
+
+
+class Block(torch.nn.Module):
+    """A projection and a learned bias around the operator, as models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(64, 192)
+        self.proj = torch.nn.Linear(64, 64)
+        self.bias = torch.nn.Parameter(torch.randn(2, 49, 49))
+
+    def forward(self, x):
+        """(B, H, W, 64) -> (B, H, W, 64)."""
+        qkv = self.qkv(x).unflatten(-1, (3, 2, 32))
+        return self.proj(window_attention_qkvpacked(qkv, self.bias, window_size=7, shift=3).flatten(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    assert_autocast_is_right(Block().cuda(), torch.randn(2, 14, 14, 64, device="cuda"), dtype)

@@ -1,23 +1,9 @@
-"""The Triton kernels of window attention in Triton's interpreter, on the CPU.
-
-Triton decides when it is imported whether it interprets, so the tests stand in interpreted_window_attention.py and run
-in a process of their own. The interpreter takes a millisecond for each program: maps are as small as they can be.
-"""
+"""The Triton kernels of window attention in Triton's interpreter: interpreted_window_attention.py, as a process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from interpreter import assert_tests_pass
 
 
 def test_interpreted_kernels():
-    tests = Path(__file__).with_name("interpreted_window_attention.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert_tests_pass("interpreted_window_attention.py")

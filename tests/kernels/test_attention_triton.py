@@ -1,0 +1,9 @@
+"""The Triton kernels of attention in Triton's interpreter: interpreted_attention.py, as a process."""
+
+from __future__ import annotations
+
+from interpreter import assert_tests_pass
+
+
+def test_interpreted_kernels():
+    assert_tests_pass("interpreted_attention.py")
