@@ -2,7 +2,7 @@
 
 from vitfast import functional, nn
 from vitfast._version import __version__
-from vitfast.models import accelerate, create_model, list_models, restore
+from vitfast.models import accelerate, create_model, list_models, load_weights, restore
 from vitfast.ops._extension import ExtensionError
 from vitfast.ops.backend import BackendError, backend
 
@@ -15,6 +15,7 @@ __all__ = [
     "create_model",
     "functional",
     "list_models",
+    "load_weights",
     "nn",
     "restore",
 ]

@@ -255,7 +255,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("options", [{"heads": 0}, {"dim_head": 0}], ids=str)
 def test_no_heads(options):
-    with pytest.raises(ValueError, match="heads and dim_head must be at least 1; got heads = "):
+    with pytest.raises(ValueError, match="must be at least 1; got 0"):
         LocalAttention2d(8, **options)
 
 

@@ -6,19 +6,32 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-_models: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
+from vitfast.models.weights import load_weights
 
 
-def register(name: str, model: Callable[..., nn.Module], **defaults: Any) -> None:
+@dataclass(frozen=True)
+class _Entry:
+    model: Callable[..., nn.Module]
+    defaults: dict[str, Any]
+    weights: str | None
+
+
+_models: dict[str, _Entry] = {}
+
+
+def register(name: str, model: Callable[..., nn.Module], *, weights: str | None = None, **defaults: Any) -> None:
     """Makes a model known by name.
 
     Args:
         name: for `create_model`.
         model: a class or function that takes ``num_classes`` and its options by keyword and returns the model.
+        weights: what ``pretrained=True`` stands for, a source of `vitfast.load_weights`; None if there are none.
         defaults: the options that make the difference between this name and others; users may override them.
 
     Raises:
@@ -26,41 +39,49 @@ def register(name: str, model: Callable[..., nn.Module], **defaults: Any) -> Non
     """
     if name in _models:
         raise ValueError(f"there is already a model {name!r}; register the new one by another name")
-    _models[name] = (model, defaults)
+    _models[name] = _Entry(model, defaults, weights)
 
 
-def create_model(name: str, num_classes: int = 1000, pretrained: bool = False, **options: Any) -> nn.Module:
-    """A model with new weights.
+def create_model(
+    name: str, num_classes: int = 1000, pretrained: bool | str | Path = False, **options: Any
+) -> nn.Module:
+    """A model, with new or trained weights.
 
     Args:
         name: one of `list_models`.
         num_classes: outputs of the classifier.
-        pretrained: must be False: there are no trained weights yet.
-        options: the keyword arguments of the model's class, for example ``in_channels`` or ``width``.
+        pretrained: False for new weights; a file, folder or Hugging Face repository for those it holds, see
+            `vitfast.load_weights`; True for ImageNet weights of timm's repositories, which ViT and Swin have.
+        options: the keyword arguments of the model's class, for example ``in_channels`` or ``image_size``.
 
     Raises:
-        ValueError: there is no model of this name; ``pretrained`` is True; or an option has a value that cannot be.
+        ValueError: there is no model of this name, or there are no trained weights for it; the trained weights do not
+            fit, for example for another ``num_classes``; or an option has a value that cannot be.
         TypeError: the model has no such option.
 
     >>> model = create_model("alternet_50_cifar", num_classes=100)
+    >>> model = create_model("swin_t", pretrained="checkpoints/swin_tiny.safetensors")
     """
     if name not in _models:
         close = difflib.get_close_matches(name, _models, n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "vitfast.list_models() names all of them"
         raise ValueError(f"there is no model {name!r}; {hint}")
-    if pretrained:
+    entry = _models[name]
+    if pretrained is True and entry.weights is None:
         raise ValueError(
-            f"there are no pretrained weights for {name} yet; make it with pretrained=False and load your own with "
-            "model.load_state_dict(...)"
+            f"there are no published weights for {name}; make it with pretrained=False, or name a file of your own: "
+            "pretrained=path"
         )
-    model, defaults = _models[name]
-    known = inspect.signature(model).parameters
+    known = inspect.signature(entry.model).parameters
     unknown = [option for option in options if option not in known]
     if unknown:
         raise TypeError(
             f"{name} has no option {', '.join(unknown)}; it has: {', '.join(o for o in known if o != 'num_classes')}"
         )
-    return model(num_classes=num_classes, **{**defaults, **options})
+    model = entry.model(num_classes=num_classes, **{**entry.defaults, **options})
+    if pretrained is False:
+        return model
+    return load_weights(model, entry.weights if pretrained is True else pretrained)
 
 
 def list_models(pattern: str = "*") -> list[str]:

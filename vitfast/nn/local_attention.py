@@ -61,16 +61,14 @@ class LocalAttention2d(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if min(heads, dim_head) < 1:
-            raise ValueError(f"heads and dim_head must be at least 1; got heads = {heads} and dim_head = {dim_head}")
         self.window_size = rows, columns = as_pair("window_size", window_size)
         self.k = positive_integer("k", k)
         if rows % k or columns % k:
             raise ValueError(f"k must divide window_size = {self.window_size}; got {k}")
-        self.dim_in = dim_in
-        self.heads = heads
-        self.dim_head = dim_head
-        inner = heads * dim_head
+        self.dim_in = positive_integer("dim_in", dim_in)
+        self.heads = positive_integer("heads", heads)
+        self.dim_head = positive_integer("dim_head", dim_head)
+        inner = self.heads * self.dim_head
         self.pos_embedding = nn.Parameter(torch.empty(2 * rows - 1, 2 * columns - 1, **factory))
         self.attn = nn.ModuleDict(
             {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import functional
+from vitfast.nn._checks import positive_integer
 from vitfast.nn._windows import apply_attention_maps, as_pair
 
 
@@ -66,13 +67,11 @@ class WindowAttention(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1; got {num_heads}")
-        head_dim = dim // num_heads if head_dim is None else head_dim
-        if head_dim < 1:
+        self.dim = positive_integer("dim", dim)
+        self.num_heads = positive_integer("num_heads", num_heads)
+        if head_dim is None and dim < num_heads:
             raise ValueError(f"dim must be at least num_heads = {num_heads}, unless head_dim is given; got dim = {dim}")
-        self.dim = dim
-        self.num_heads = num_heads
+        head_dim = dim // num_heads if head_dim is None else positive_integer("head_dim", head_dim)
         self.scale = head_dim**-0.5
         self.window_size = as_pair("window_size", window_size)
         self.window_area = math.prod(self.window_size)
@@ -113,7 +112,7 @@ class WindowAttention(nn.Module):
         if window_size == self.window_size:
             return
         table = self.relative_position_bias_table
-        resized = _resize_table(table.detach(), self.window_size, window_size)
+        resized = resize_bias_table(table.detach(), self.window_size, window_size)
         self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.relative_position_index = _relative_position_index(window_size).to(table.device)
         self.window_size = window_size
@@ -236,7 +235,7 @@ def _relative_position_index(window_size: tuple[int, int]) -> Tensor:
     return row_offset * (2 * window_size[1] - 1) + column_offset
 
 
-def _resize_table(table: Tensor, old_window: tuple[int, int], new_window: tuple[int, int]) -> Tensor:
+def resize_bias_table(table: Tensor, old_window: tuple[int, int], new_window: tuple[int, int]) -> Tensor:
     """Bilinear interpolation of the table, as BEiT (Bao et al., ICLR 2022) and timm fine-tune at another resolution.
 
     The old entries are placed at offsets whose steps grow geometrically, so that the outermost ones come to lie at the
