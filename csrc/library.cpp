@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   m.def(
       "attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, float scale) -> "
       "(Tensor grad_qkv, Tensor grad_bias)");
+  // Steps of the fused MLP: out = gelu(x); and out = gelu(x) while grad, that of out, becomes that of x.
+  m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_backward(Tensor x, Tensor(a!) out, Tensor(b!) grad) -> ()");
   m.def(
       "window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float "
       "scale, bool return_lse) -> (Tensor output, Tensor lse)");
@@ -35,6 +38,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&vitfast::attention_backward_cpu));
   m.impl("attention_qkvpacked", TORCH_BOX(&vitfast::attention_qkvpacked_cpu));
   m.impl("attention_qkvpacked_backward", TORCH_BOX(&vitfast::attention_qkvpacked_backward_cpu));
+  m.impl("gelu", TORCH_BOX(&vitfast::gelu_cpu));
+  m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));
   m.impl("window_attention_qkvpacked", TORCH_BOX(&vitfast::window_attention_qkvpacked_cpu));

@@ -25,6 +25,10 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_cpu(Tensor qkv, std::optional<Ten
 std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
                                                             Tensor out, Tensor lse, double scale);
 
+void gelu_cpu(Tensor x, Tensor out);
+
+void gelu_backward_cpu(Tensor x, Tensor out, Tensor grad);
+
 std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,
                                                 double scale, bool return_lse);

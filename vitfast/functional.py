@@ -9,11 +9,13 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import attention as _attention
+from vitfast.ops import mlp as _mlp
 from vitfast.ops import window_attention as _window_attention
 
 __all__ = [
     "attention",
     "attention_qkvpacked",
+    "mlp",
     "window_attention",
     "window_attention_qkvpacked",
     "window_attention_weights",
@@ -110,6 +112,58 @@ def attention_qkvpacked(
     bias = _check_score_bias(bias, qkv.dtype, (batch, heads, tokens, tokens))
     options = _check_options(is_causal, dropout_p)
     return _attention.attention((qkv,), bias, _check_scale(scale, qkv), *options)
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    r"""The feed-forward part of a transformer, fused: two linear layers with a GELU between them.
+
+    :math:`\mathrm{GELU}(x W_1^T + b_1)\, W_2^T + b_2` with the exact :math:`\mathrm{GELU}(h) = h\, \Phi(h)`.
+
+    Args:
+        x: (..., C).
+        weight1: (hidden, C), as in `torch.nn.Linear`.
+        bias1: (hidden,) or None.
+        weight2: (D, hidden).
+        bias2: (D,) or None.
+
+    Returns:
+        (..., D) in the dtype of ``x``.
+
+    On the CPU the hidden values of all rows are never in memory at once, except for those before the activation where
+    a gradient is recorded. Differentiable any number of times with respect to all five tensors, in reverse and forward
+    mode; what goes beyond a plain backward is plain PyTorch, as is everything on other devices, under `torch.compile`
+    and under autocast.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ outside of autocast.
+        ValueError: ranks, shapes or devices do not fit.
+
+    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017; Hendrycks and Gimpel, "Gaussian Error Linear
+    Units", arXiv 1606.08415.
+
+    >>> layer1, layer2 = torch.nn.Linear(96, 384), torch.nn.Linear(384, 96)
+    >>> mlp(torch.randn(8, 56, 56, 96), layer1.weight, layer1.bias, layer2.weight, layer2.bias).shape
+    torch.Size([8, 56, 56, 96])
+    """
+    given = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None or not name.startswith("bias")}
+    if not (isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)):  # which casts them itself
+        _check_tensors(None, **given)
+    for name in ("weight1", "weight2"):
+        if given[name].dim() != 2:
+            raise ValueError(
+                f"{name} must be a matrix, as in torch.nn.Linear; got the shape {tuple(given[name].shape)}"
+            )
+    expected = {"weight1": (len(weight1), x.shape[-1] if x.dim() else 0), "bias1": (len(weight1),)}
+    expected |= {"weight2": (len(weight2), len(weight1)), "bias2": (len(weight2),)}
+    for name, tensor in given.items():
+        if name != "x" and tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"{name} must have the shape {expected[name]}, where x is (..., C), weight1 (hidden, C) and weight2 "
+                f"(D, hidden); got {tuple(tensor.shape)} beside x {tuple(x.shape)}, weight1 {tuple(weight1.shape)} and "
+                f"weight2 {tuple(weight2.shape)}"
+            )
+    return _mlp.mlp(x, weight1, bias1, weight2, bias2)
 
 
 def window_attention(

@@ -26,6 +26,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/cache.h"
+#include "cpu/gelu.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/window_attention.h"

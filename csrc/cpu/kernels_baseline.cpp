@@ -4,4 +4,5 @@
 #define VITFAST_ISA baseline
 #define VITFAST_VECTOR_BYTES 16
 #include "cpu/attention_kernel.h"
+#include "cpu/gelu_kernel.h"
 #include "cpu/window_attention_kernel.h"

@@ -70,7 +70,7 @@ def transformers_swin(**options):
     return FirstOutput(transformers.SwinModel(config, add_pooling_layer=False))
 
 
-# name -> (model, how many modules are replaced, side lengths of the images)
+# name -> (model, how many blocks it has, side lengths of the images); attention and MLP of each block are replaced
 MODELS = {
     "timm ViT": (timm_vit, 2, (32, 32)),
     "timm ViT with qk_norm": (lambda: timm_vit(qk_norm=True), 2, (32, 32)),
@@ -91,8 +91,8 @@ MODELS = {
 
 def made(name):
     """A model in evaluation mode, in float64, how many modules are replaced in it, and images."""
-    model, replaced, size = MODELS[name]
-    return model().double().eval(), replaced, torch.randn(2, 3, *size, dtype=torch.float64)
+    model, blocks, size = MODELS[name]
+    return model().double().eval(), 2 * blocks, torch.randn(2, 3, *size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -120,7 +120,7 @@ def test_the_kernels_are_called(name, monkeypatch):
     model, replaced, images = made(name)
     vitfast.accelerate(model)
     calls = []
-    for function in ("attention", "attention_qkvpacked", "window_attention", "window_attention_qkvpacked"):
+    for function in ("attention", "attention_qkvpacked", "window_attention", "window_attention_qkvpacked", "mlp"):
         original = getattr(vitfast.functional, function)
         monkeypatch.setattr(
             vitfast.functional, function, lambda *a, _f=original, **k: (calls.append(_f), _f(*a, **k))[1]
@@ -185,7 +185,7 @@ def test_report_says_what_and_why():
     model.blocks[1].attn = Special(24, 3)
     swin = timm.create_model("swinv2_tiny_window8_256", depths=(1, 1, 1, 1))
     report = str(vitfast.accelerate(nn.ModuleDict({"vit": model, "swin": swin}), report=True))
-    assert "1 modules use fused attention:\n  vit.blocks.0.attn: Attention" in report
+    assert "7 modules use fused kernels:\n  vit.blocks.0.attn: Attention\n  vit.blocks.0.mlp: Mlp" in report
     assert "vit.blocks.1.attn: " in report
     assert "is a subclass of Attention and may compute something else" in report
     assert "swin.layers.0.blocks.0.attn: there is no fused kernel for timm.models.swin_transformer_v2" in report
@@ -196,7 +196,7 @@ def test_a_block_with_another_attention_is_left():
     model.layers[0].blocks[0].attn = nn.Identity()
     report = vitfast.accelerate(model, report=True)
     assert "its attention is a Identity, not timm's WindowAttention" in report.kept["layers.0.blocks.0"]
-    assert len(report.replaced) == 3
+    assert len(report.replaced) == 7
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,11 @@ def test_a_block_with_another_attention_is_left():
         ("timm Swin", lambda m: m.layers[0].blocks[1].attn),
         ("timm Swin", lambda m: m.layers[0].blocks[1].attn.attn_drop),
         ("timm ViT", lambda m: m.blocks[0].attn.attn_drop),
+        ("timm ViT", lambda m: m.blocks[0].mlp.act),
+        ("timm Swin", lambda m: m.layers[0].blocks[1].mlp.fc2),
+        ("torchvision ViT", lambda m: m.encoder.layers[0].mlp[2]),
+        ("torchvision Swin", lambda m: m.features[1][0].mlp[0]),
+        ("transformers ViT", lambda m: m.model.layers[0].mlp.activation_fn),
         ("torchvision ViT", lambda m: m.encoder.layers[0].self_attention),
         ("transformers Swin", lambda m: m.model.encoder.layers[0].blocks[0].attention),
     ],

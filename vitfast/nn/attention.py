@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
+from vitfast.nn._fusion import apply_linear
 
 
 class Attention(nn.Module):
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         output = self.norm(output.flatten(2))
         if self.gate is not None:
             output = output * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(output))
+        return self.proj_drop(apply_linear(self.proj, output))
 
     def attention_maps(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The attention weights that `forward` computes from the same arguments, before dropout: (B, heads, N, N).
@@ -141,7 +142,7 @@ class Attention(nn.Module):
         """The packed projection, (B, N, 3, heads, D)."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be tokens (B, N, {self.dim}); got {tuple(x.shape)}")
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _has_qk_norm(self) -> bool:
         return not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
+from vitfast.nn._fusion import apply_linear
 from vitfast.nn._windows import apply_attention_maps, as_pair
 
 
@@ -146,7 +147,7 @@ class WindowAttention(nn.Module):
         output = output.flatten(3)
         if x.dim() == 3:
             output = output.flatten(1, 2)
-        return self.proj_drop(self.proj(output))
+        return self.proj_drop(apply_linear(self.proj, output))
 
     def attention_maps(self, x: Tensor, mask: Tensor | None = None, *, shift_size: int | tuple[int, int] = 0) -> Tensor:
         """The attention weights that `forward` computes from the same arguments, before dropout.
@@ -178,7 +179,7 @@ class WindowAttention(nn.Module):
                     "a mask goes with windows (num_windows * B, N, dim); for a map (B, H, W, dim) give shift_size, and "
                     "its region mask is applied"
                 )
-            return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+            return apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
         if any(shift):
             raise ValueError(
                 f"shift_size goes with a map (B, H, W, dim); got windows of shape {tuple(x.shape)}. "
@@ -191,7 +192,7 @@ class WindowAttention(nn.Module):
             )
         if mask is not None:
             self._check_mask(x, mask)
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unflatten(1, self.window_size)
+        return apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unflatten(1, self.window_size)
 
     def _check_mask(self, x: Tensor, mask: Tensor) -> None:
         if not mask.is_floating_point():

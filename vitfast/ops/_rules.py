@@ -36,6 +36,11 @@ def forward_ad_is_nested() -> bool:
     return torch._functorch.eager_transforms.JVP_NESTING > 1
 
 
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Whether autograd asks for many gradients at once, ``is_grads_batched=True``: a vmap that is no transform."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def require_compilable(operator: str, backend: str, device: torch.device) -> None:
     """Raises where `torch.compile` could not call the registered operator."""
     _extension.require()  # it registers the operators, the Triton kernels' too

@@ -78,6 +78,17 @@ def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:
     return name
 
 
+def is_chosen(name: str, device: torch.device) -> bool:
+    """Whether the kernels ``name`` are forced, or nothing is and they are those of ``device``.
+
+    For operators that have no other kernels, and leave every other case to PyTorch.
+    """
+    if name != device.type or _forced not in (None, name):
+        return False
+    _extension.require()
+    return True
+
+
 def _default(operator: str, served: tuple[str, ...], device: torch.device) -> str:
     if device.type == "cpu" and "cpu" in served:
         _extension.require()

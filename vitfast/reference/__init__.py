@@ -9,6 +9,7 @@ from vitfast.reference.attention import (
     attention_backward_tangent,
     attention_tangent,
 )
+from vitfast.reference.mlp import mlp, mlp_backward
 from vitfast.reference.window_attention import (
     window_attention,
     window_attention_backward,
@@ -24,6 +25,8 @@ __all__ = [
     "attention_backward",
     "attention_backward_tangent",
     "attention_tangent",
+    "mlp",
+    "mlp_backward",
     "window_attention",
     "window_attention_backward",
     "window_attention_backward_tangent",

@@ -1,8 +1,8 @@
-"""Fused attention inside models of other libraries: `accelerate` and `restore`.
+"""Fused kernels inside models of other libraries: `accelerate` and `restore`.
 
-A module is taken over by giving it another class, a subclass of its own that overrides the method in which the
-attention happens. Parameters, buffers, hooks, attributes and state-dict keys stay the very same objects; copying,
-pickling and `isinstance` go on to work; `restore` gives the class back.
+A module is taken over by giving it another class, a subclass of its own that overrides the method in which it computes
+what there is a kernel for. Parameters, buffers, hooks, attributes and state-dict keys stay the very same objects;
+copying, pickling and `isinstance` go on to work; `restore` gives the class back.
 
 Each library has an adapter, a module of this package, imported only if the library itself has been. Classes are
 compared exactly: a subclass may have changed what this package knows, and is left as it is.
@@ -35,10 +35,12 @@ class Adaptation:
     Attributes:
         fused: the subclass they become.
         obstacle: why a module of that class must stay as it is, or None.
+        parts: the names of those of its children that it takes over itself.
     """
 
     fused: type[nn.Module]
     obstacle: Callable[[nn.Module], str | None]
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -47,14 +49,14 @@ class Report:
 
     Attributes:
         replaced: names of the modules that now use fused kernels, with their classes.
-        kept: names of the modules that were left although they compute attention, with the reason.
+        kept: names of the modules that were left although they are of a known kind, with the reason.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules use fused attention:"] if self.replaced else []
+        lines = [f"{len(self.replaced)} modules use fused kernels:"] if self.replaced else []
         lines += [f"  {name or '(the model itself)'}: {kind}" for name, kind in self.replaced.items()]
         lines += [f"{len(self.kept)} were left as they are:"] if self.kept else []
         lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.kept.items()]
@@ -62,7 +64,7 @@ class Report:
 
 
 def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
-    """Replaces the attention of a timm, torchvision or transformers model by fused kernels, in place.
+    """Replaces attention and MLPs of a timm, torchvision or transformers model by fused kernels, in place.
 
     Weights, state-dict keys, hooks and the results, within rounding, stay the same, gradients included. Known are
 
@@ -71,11 +73,13 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
     - torchvision: the attention of Swin (not of version 2, whose cosine attention has no kernel) and the encoder blocks
       of ``VisionTransformer``;
     - transformers: the attention of ViT and DeiT, and the layers of Swin, as long as their configuration asks for
-      ``attn_implementation="sdpa"``, the default; ``"eager"`` is how one asks for attention maps.
+      ``attn_implementation="sdpa"``, the default; ``"eager"`` is how one asks for attention maps;
+    - of all three, the MLPs with the exact GELU: `vitfast.functional.mlp`, which is faster on the CPU.
 
-    Everything else is left as it is. What a fused module cannot do (dropout of attention weights in training, causal
-    masks, padded and shifted windows of timm, modules whose hooks would see something else) it leaves, call by call, to
-    the code it replaced. Calling this again takes over what has been added since, and changes nothing else.
+    Everything else is left as it is. What a fused module cannot do (dropout of attention weights or inside an MLP in
+    training, causal masks, padded and shifted windows of timm, modules whose hooks would see something else) it leaves,
+    call by call, to the code it replaced. Calling this again takes over what has been added since, and changes nothing
+    else.
 
     Args:
         model: any module; it is changed in place.
@@ -92,26 +96,26 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
     _check(model, "accelerate")
     result = Report()
     adaptations = _adaptations()
-    fused_classes = _fused_classes()
-    inside = None  # of which replaced module the parts are being passed
+    by_fused = {adaptation.fused: adaptation for adaptation in adaptations.values()}
+    taken_over: set[nn.Module] = set()  # by the module that they are part of, with all their parts
     for name, module in model.named_modules():
         kind = type(module)
-        if inside is not None and name.startswith(inside):
+        if module in taken_over:
             continue
-        inside = None
         if kind in adaptations:
             obstacle = adaptations[kind].obstacle(module)
             if obstacle is None:
                 module.__class__ = adaptations[kind].fused
             else:
                 result.kept[name] = f"{kind.__qualname__}: {obstacle}"
-        elif kind not in fused_classes:
+        elif kind not in by_fused:
             reason = _unknown_attention(kind)
             if reason is not None:
                 result.kept[name] = reason
-        if type(module) in fused_classes:
+        if type(module) in by_fused:
             result.replaced[name] = _original(type(module)).__qualname__
-            inside = f"{name}." if name else ""
+            for part in by_fused[type(module)].parts:
+                taken_over.update(getattr(module, part).modules())
     return result if report else model
 
 

@@ -1,14 +1,16 @@
-"""timm 1.x: attention of the ViT family, and the blocks of Swin."""
+"""timm 1.x: attention of the ViT family, the blocks of Swin, and the MLPs of both."""
 
 from __future__ import annotations
 
-from timm.layers import Attention
+from functools import partial
+
+from timm.layers import Attention, Mlp
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
-from vitfast.models.acceleration._conditions import has_hooks, is_idle
+from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 
 
 class FusedAttention(Attention):
@@ -18,7 +20,7 @@ class FusedAttention(Attention):
         masked_by_booleans = attn_mask is not None and not attn_mask.is_floating_point()
         if is_causal or masked_by_booleans or not is_idle(self.attn_drop):
             return super().forward(x, attn_mask, is_causal)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             output = functional.attention_qkvpacked(qkv, attn_mask, scale=self.scale)
         else:
@@ -28,7 +30,7 @@ class FusedAttention(Attention):
         output = self.norm(output.flatten(2))
         if self.gate is not None:
             output = output * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(output))
+        return self.proj_drop(apply_linear(self.proj, output))
 
 
 class FusedSwinTransformerBlock(SwinTransformerBlock):
@@ -40,18 +42,31 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
         if padded or has_hooks(attention) or not is_idle(attention.attn_drop):
             return super()._attn(x)
         output = functional.window_attention_qkvpacked(
-            attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)),
+            apply_linear(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1)),
             attention._get_rel_pos_bias().squeeze(0),
             window_size=self.window_size,
             shift=self.shift_size,
             scale=attention.scale,
         )
-        return attention.proj_drop(attention.proj(output.flatten(3)))
+        return attention.proj_drop(apply_linear(attention.proj, output.flatten(3)))
 
 
-def _lacks_parts(attention: nn.Module) -> str | None:
-    parts = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop", "fused_attn", "head_dim")
-    missing = [part for part in parts if not hasattr(attention, part)]
+class FusedMlp(Mlp):
+    """`timm.layers.Mlp` on `vitfast.functional.mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = is_plain_linear(self.fc1) and is_plain_linear(self.fc2) and isinstance(self.norm, nn.Identity)
+        if linear and is_exact_gelu(self.act) and is_idle(self.drop1):
+            return self.drop2(fused_mlp(x, self.fc1, self.fc2))
+        return super().forward(x)
+
+
+_ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop", "fused_attn", "head_dim")
+_MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+
+def _lacks(parts: tuple[str, ...], module: nn.Module) -> str | None:
+    missing = [part for part in parts if not hasattr(module, part)]
     return f"this version of timm has it without {', '.join(missing)}" if missing else None
 
 
@@ -61,6 +76,7 @@ def _has_other_attention(block: nn.Module) -> str | None:
 
 
 ADAPTATIONS = {
-    Attention: Adaptation(FusedAttention, _lacks_parts),
-    SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock, _has_other_attention),
+    Attention: Adaptation(FusedAttention, partial(_lacks, _ATTENTION_PARTS)),
+    Mlp: Adaptation(FusedMlp, partial(_lacks, _MLP_PARTS)),
+    SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock, _has_other_attention, parts=("attn",)),
 }

@@ -1,17 +1,21 @@
-"""transformers 5: attention of ViT and DeiT, the layers of Swin, and the attention implementation "vitfast"."""
+"""transformers 5: attention of ViT and DeiT, the layers of Swin, the MLPs of all three.
+
+And the attention implementation "vitfast", for every model that takes one.
+"""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.models.deit.modeling_deit import DeiTAttention
-from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer
-from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.activations import GELUActivation
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
+from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, SwinMLP
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
-from vitfast.models.acceleration._conditions import has_hooks
+from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_plain_linear
 
 
 def attention_forward(
@@ -48,7 +52,7 @@ def register() -> None:
 def _projected(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of x (..., channels), each (..., heads, D)."""
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return tuple(projection(x).unflatten(-1, (-1, attention.head_dim)) for projection in projections)
+    return tuple(apply_linear(projection, x).unflatten(-1, (-1, attention.head_dim)) for projection in projections)
 
 
 def _is_fusible(attention: nn.Module) -> bool:
@@ -61,7 +65,7 @@ def _self_attention(attention: nn.Module, hidden_states: Tensor) -> tuple[Tensor
     """ViT's and DeiT's attention."""
     query, key, value = (t.transpose(1, 2) for t in _projected(attention, hidden_states))
     output = functional.attention(query, key, value, scale=attention.scaling)
-    return attention.o_proj(output.transpose(1, 2).flatten(2)), None
+    return apply_linear(attention.o_proj, output.transpose(1, 2).flatten(2)), None
 
 
 class FusedViTAttention(ViTAttention):
@@ -105,9 +109,43 @@ class FusedSwinLayer(SwinLayer):
             shift=self.shift_size,
             scale=attention.scaling,
         )
-        output = self.dropout(attention.o_proj(output.flatten(3)))[:, :height, :width].flatten(1, 2)
+        output = self.dropout(apply_linear(attention.o_proj, output.flatten(3)))[:, :height, :width].flatten(1, 2)
         hidden_states = hidden_states + self.drop_path(output)
         return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states, None
+
+
+class FusedViTMLP(ViTMLP):
+    """ViT's MLP on `vitfast.functional.mlp`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _mlp(self, hidden_states) if _is_fusible_mlp(self) else super().forward(hidden_states)
+
+
+class FusedDeiTMLP(DeiTMLP):
+    """DeiT's MLP on `vitfast.functional.mlp`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _mlp(self, hidden_states) if _is_fusible_mlp(self) else super().forward(hidden_states)
+
+
+class FusedSwinMLP(SwinMLP):
+    """Swin's MLP on `vitfast.functional.mlp`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _mlp(self, hidden_states) if _is_fusible_mlp(self) else super().forward(hidden_states)
+
+
+def _is_fusible_mlp(mlp: nn.Module) -> bool:
+    return is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and _is_gelu(mlp.activation_fn)
+
+
+def _is_gelu(activation: nn.Module) -> bool:
+    own = type(activation) is GELUActivation and activation.act is F.gelu and not has_hooks(activation)
+    return own or is_exact_gelu(activation)
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    return fused_mlp(x, mlp.fc1, mlp.fc2)
 
 
 def _no_obstacle(_: nn.Module) -> None:
@@ -119,8 +157,16 @@ def _has_other_attention(layer: nn.Module) -> str | None:
     return None if kind is SwinAttention else f"its attention is a {kind.__qualname__}, not SwinAttention"
 
 
+def _has_other_activation(mlp: nn.Module) -> str | None:
+    kind = type(mlp.activation_fn).__qualname__
+    return None if _is_gelu(mlp.activation_fn) else f"its activation is {kind}, not the exact GELU"
+
+
 ADAPTATIONS = {
     ViTAttention: Adaptation(FusedViTAttention, _no_obstacle),
+    ViTMLP: Adaptation(FusedViTMLP, _has_other_activation),
     DeiTAttention: Adaptation(FusedDeiTAttention, _no_obstacle),
-    SwinLayer: Adaptation(FusedSwinLayer, _has_other_attention),
+    DeiTMLP: Adaptation(FusedDeiTMLP, _has_other_activation),
+    SwinLayer: Adaptation(FusedSwinLayer, _has_other_attention, parts=("attention",)),
+    SwinMLP: Adaptation(FusedSwinMLP, _has_other_activation),
 }

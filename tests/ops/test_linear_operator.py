@@ -1,0 +1,147 @@
+"""Linear layers by oneDNN: the numbers, the derivatives and the exceptions are those of PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from derivatives import (
+    USES,
+    assert_double_backward_of_any_subset,
+    assert_gradients_of_any_subset,
+    assert_transform_is_exact,
+    leaves,
+)
+from helpers import assert_close_to_reference
+from torch.testing import assert_close
+
+import vitfast
+from vitfast.ops import linear as operator
+from vitfast.ops.linear import linear
+
+
+def make(shape=(2, 3), channels=5, outputs=4, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((*shape, channels), (outputs, channels), (outputs,))
+    return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+
+
+def output_and_gradients(function, tensors, grad):
+    tensors = leaves(tensors)
+    output = function(*tensors)
+    return output.detach(), *torch.autograd.grad(output, tensors, grad)
+
+
+@pytest.mark.parametrize("sizes", [((197,), 96, 288), ((3, 7, 7), 33, 17), ((1,), 1, 1), ((2, 500), 64, 5)], ids=str)
+def test_is_as_exact_as_pytorchs(sizes):
+    tensors = make(*sizes, dtype=torch.float32)
+    grad = torch.randn(*sizes[0], sizes[2])
+    exact = output_and_gradients(F.linear, tuple(t.double() for t in tensors), grad.double())
+    plain = output_and_gradients(F.linear, tensors, grad)
+    for values in zip(output_and_gradients(linear, tensors, grad), plain, exact, strict=True):
+        assert_close_to_reference(*values)
+
+
+def test_onednn_is_called(monkeypatch):
+    """On this project's machines, where PyTorch has it."""
+    assert operator._has_linear
+    called = []
+    monkeypatch.setattr(operator, "_onednn_serves", lambda: called.append(True) or True)
+    linear(*make(dtype=torch.float32))
+    assert called
+
+
+@pytest.mark.parametrize("switched_off", ["by the user", "not there"])
+def test_without_onednn(switched_off, monkeypatch):
+    tensors = make(dtype=torch.float32)
+    if switched_off == "not there":
+        monkeypatch.setattr(operator, "_has_linear", False)
+        assert torch.equal(linear(*tensors), F.linear(*tensors))
+    else:
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not operator._onednn_serves()
+            assert torch.equal(linear(*tensors), F.linear(*tensors))
+
+
+def test_an_operator_that_changed_is_not_called(monkeypatch):
+    class Changed:
+        def _linear_pointwise(self, *arguments):
+            raise TypeError("another signature")
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Changed())
+    assert not operator._find_linear()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3), ()], ids=str)
+def test_shapes_at_the_edge(shape):
+    tensors, grad = make(shape, dtype=torch.float32), torch.randn(*shape, 4)
+    for ours, theirs in zip(
+        output_and_gradients(linear, tensors, grad), output_and_gradients(F.linear, tensors, grad), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+def test_strides_and_no_bias():
+    x, weight, _ = make((4, 5), dtype=torch.float32)
+    for relaid in (x.transpose(0, 1), x[:1].expand(4, 5, 5), x.flip(0)[::2]):
+        for matrix in (weight, weight.t().contiguous().t()):
+            assert_close(linear(relaid, matrix, None), F.linear(relaid, matrix))
+
+
+def test_expanded_gradients():
+    tensors = make(dtype=torch.float32)
+    ours, theirs = (
+        torch.autograd.grad(f(*inputs).sum(), inputs)
+        for f, inputs in ((linear, leaves(tensors)), (F.linear, leaves(tensors)))
+    )
+    assert_close(ours, theirs)
+
+
+def small(seed=0):
+    return make(seed=seed)
+
+
+# The derivatives are taken in float64, where the product is PyTorch's but the rules are those of float32.
+@pytest.fixture
+def _own_rules(monkeypatch):
+    monkeypatch.setattr(operator, "_DTYPE", torch.float64)
+
+
+@pytest.mark.usefixtures("_own_rules")
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__.removeprefix("use_"))
+def test_transforms(use):
+    assert_transform_is_exact(use, linear, F.linear, small)
+
+
+@pytest.mark.usefixtures("_own_rules")
+def test_gradients_of_any_subset():
+    assert_gradients_of_any_subset(linear, F.linear, small)
+    assert_double_backward_of_any_subset(linear, F.linear, small)
+
+
+@pytest.mark.usefixtures("_own_rules")
+def test_gradcheck():
+    options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(linear, leaves(make()), **options)
+    assert torch.autograd.gradgradcheck(linear, leaves(make()), check_fwd_over_rev=True)
+
+
+def test_autocast_and_compile():
+    tensors = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*tensors).dtype == torch.bfloat16
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*tensors), F.linear(*tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes_are_pytorchs(dtype):
+    tensors = make(dtype=dtype)
+    assert torch.equal(linear(*tensors), F.linear(*tensors))
+
+
+def test_forced_reference_is_pytorchs():
+    tensors = make(dtype=torch.float32)
+    with vitfast.backend("reference"):
+        assert torch.equal(linear(*tensors), F.linear(*tensors))

@@ -1,0 +1,41 @@
+"""Fused functions in the place of modules, and when they may stand there."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitfast import functional
+from vitfast.ops.linear import linear
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook is registered on the module or on a part of it."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
+
+
+def is_idle(dropout: nn.Module) -> bool:
+    """Whether a dropout does nothing now, and nobody looks at what it is given."""
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0) and not has_hooks(dropout)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, no subclass of it, and nobody looks at what goes in or out."""
+    return type(module) is nn.Linear and not has_hooks(module)
+
+
+def is_exact_gelu(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's GELU without the approximation by tanh, and nobody looks at it."""
+    return type(module) is nn.GELU and module.approximate == "none" and not has_hooks(module)
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), on the CPU by the faster of PyTorch's matrix products if the layer is a plain linear one."""
+    return linear(x, layer.weight, layer.bias) if is_plain_linear(layer) else layer(x)
+
+
+def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """fc2(gelu(fc1(x))) by the fused function."""
+    return functional.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)

@@ -1,0 +1,119 @@
+"""The MLP of a transformer: the operator behind `vitfast.functional.mlp`.
+
+On the CPU, the rows of the input go through both linear layers some at a time, so that what lies between the layers
+never leaves the caches, and the activation is computed in place. In one piece it is written to memory and read again
+several times over, and, at sizes of tens of megabytes, in pages that the system hands out anew for every call.
+
+Forward and backward keep the values before the activation and nothing else; the backward recomputes the activation
+beside its derivative.
+
+Anything but plain evaluation and a plain backward is the definition, which PyTorch differentiates: transforms of
+`torch.func`, forward-mode differentiation, double backward, `torch.compile`, autocast; and so is every other device,
+where a forced kernel of another operator is no reason to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import _extension
+from vitfast.ops._rules import records_gradients
+from vitfast.ops.linear import is_plain_backward, is_plain_call, product, rows_of
+
+# Rows at a time. Fewer, and the matrix products lose speed; many more, and the hidden values outgrow the caches.
+_ROWS = 2048
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""W1 (hidden, in), b1, W2 (out, hidden) and b2."""
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """Checked arguments in, the output out: on the fastest path that serves them."""
+    weights = (weight1, bias1, weight2, bias2)
+    if not is_plain_call(x):
+        return reference.mlp(x, *weights)
+    if records_gradients((x, *(weight for weight in weights if weight is not None))):
+        return Mlp.apply(x, *weights)
+    return _forward(x, weights, keep=False)[0]
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Cuts rows into blocks of nearly equal size."""
+    total = len(rows)
+    # Weight gradients are sums over blocks, which in 16 bits would be rounded block by block.
+    count = max(1, round(total / _ROWS)) if rows.element_size() >= 4 else 1
+    size = -(-total // count)
+    return (slice(first, min(first + size, total)) for first in range(0, total, size or 1))
+
+
+def _forward(x: Tensor, weights: Weights, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """The output, and of every block the hidden values before the activation if they are to be kept."""
+    weight1, bias1, weight2, bias2 = weights
+    rows = rows_of(x)
+    output = rows.new_empty(len(rows), len(weight2))
+    hidden: list[Tensor] = []
+    for block in _blocks(rows):
+        before = product(rows[block], weight1, bias1)
+        activated = torch.empty_like(before) if keep else before
+        torch.ops.vitfast.gelu(before, activated)
+        output[block] = product(activated, weight2, bias2)
+        if keep:
+            hidden.append(before)
+    return output.reshape(*x.shape[:-1], len(weight2)), hidden
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weights: Weights, hidden: Sequence[Tensor], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W1, b1, W2 and b2, as far as they are needed."""
+    weight1, _, weight2, _ = weights
+    rows, grads = rows_of(x), rows_of(grad)
+    grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format) if needed[0] else None
+    grad_weight1 = torch.zeros_like(weight1, memory_format=torch.contiguous_format) if needed[1] else None
+    grad_bias1 = weight1.new_zeros(len(weight1)) if needed[2] else None
+    grad_weight2 = torch.zeros_like(weight2, memory_format=torch.contiguous_format) if needed[3] else None
+    for block, before in zip(_blocks(rows), hidden, strict=True):
+        grad_hidden, activated = product(grads[block], weight2.t()), torch.empty_like(before)
+        torch.ops.vitfast.gelu_backward(before, activated, grad_hidden)
+        if grad_weight2 is not None:
+            grad_weight2.addmm_(grads[block].t(), activated)
+        if grad_bias1 is not None:
+            grad_bias1 += grad_hidden.sum(0)
+        if grad_weight1 is not None:
+            grad_weight1.addmm_(grad_hidden.t(), rows[block])
+        if grad_x is not None:
+            grad_x[block] = product(grad_hidden, weight1.t())
+    return (
+        None if grad_x is None else grad_x.reshape(x.shape),
+        grad_weight1,
+        grad_bias1,
+        grad_weight2,
+        grads.sum(0) if needed[4] else None,
+    )
+
+
+class Mlp(torch.autograd.Function):
+    """(x, W1, b1, W2, b2) -> output. Called outside of transforms only."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        output, hidden = _forward(x, weights, keep=True)
+        ctx.save_for_backward(x, *weights, *hidden)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight1, bias1, weight2, bias2, *hidden = ctx.saved_tensors
+        weights = (weight1, bias1, weight2, bias2)
+        if is_plain_backward(grad):
+            return _backward(grad, x, weights, hidden, ctx.needs_input_grad)
+        return reference.mlp_backward(grad, x, *weights)
+
+
+if _extension.available():
+    for _name in ("gelu", "gelu_backward"):  # they return nothing, and so do their fakes
+        torch.library.register_fake(f"vitfast::{_name}", lambda *tensors: None)
