@@ -11,6 +11,7 @@ from vitfast import reference
 from vitfast.ops import attention as _attention
 from vitfast.ops import mlp as _mlp
 from vitfast.ops import window_attention as _window_attention
+from vitfast.ops._rules import is_autocast
 
 __all__ = [
     "attention",
@@ -147,7 +148,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     """
     given = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     given = {name: tensor for name, tensor in given.items() if tensor is not None or not name.startswith("bias")}
-    if not (isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)):  # which casts them itself
+    if not (isinstance(x, Tensor) and is_autocast(x.device)):  # which casts them itself
         _check_tensors(None, **given)
     for name in ("weight1", "weight2"):
         if given[name].dim() != 2:

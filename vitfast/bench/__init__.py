@@ -2,9 +2,11 @@
 
 `vitfast bench` and the pytest-benchmark suite in ``benchmarks/`` run the same cases:
 
-- `case`: what a case is. One file per operator defines its cases, and `cases` finds them by name;
+- `case`: what a case is. One file per operator defines its cases, and `models` those of whole models; `cases` finds
+  them by name. `libraries` imports what the models come from;
 - `timing`, `memory`, `rates`: one measurement each, on the CPU and on NVIDIA GPUs;
-- `precompile`: compiles peers ahead, `runner`: measures cases and makes the report, `table`: prints it.
+- `processes`: implementations in processes of their own; `precompile`: compiles peers ahead;
+- `runner`: measures cases and makes the report, `table`: prints it.
 """
 
 from vitfast.bench.case import Case, Variant, Workload

@@ -17,7 +17,6 @@ output and bias, read or written once in each pass; intermediate_bytes are the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -31,12 +30,12 @@ from vitfast.bench.case import (
     FORWARD_BACKWARD,
     OURS,
     Case,
-    Run,
     Variant,
     Workload,
+    attention_work,
     compile_peer,
-    forward_run,
-    training_run,
+    exact_run,
+    operator_run,
 )
 
 __all__ = ["CASES", "Layer", "make_workload"]
@@ -63,7 +62,7 @@ def make_workload(layer: Layer, phase: str, device: torch.device, dtype: torch.d
         inputs.append(normal(1, layer.heads, layer.tokens, layer.tokens))
     inputs = tuple(tensor.requires_grad_(training) for tensor in inputs)
     grad = normal(layer.batch, layer.tokens, layer.heads, layer.dim)
-    step = partial(_step, grad=grad, training=training)
+    step = partial(operator_run, grad=grad, training=training)
     math = partial(_math, scale=layer.dim**-0.5)
     variants = [
         Variant(OURS, step(functional.attention_qkvpacked, inputs)),
@@ -75,30 +74,17 @@ def make_workload(layer: Layer, phase: str, device: torch.device, dtype: torch.d
     if not training:
         parts = (t.contiguous() for t in _parts(inputs[0]))
         variants.append(Variant("sdpa_contiguous", step(_sdpa_of_parts, (*parts, *inputs[1:]))))
-    scores = layer.batch * layer.heads * layer.tokens**2
-    bytes_in, bytes_out = sum(t.nbytes for t in inputs), grad.nbytes
     return Workload(
         variants=tuple(variants),
         plain="math",
-        expected=partial(_exact, inputs, grad, training),
-        flops=4 * scores * layer.dim * 7 // 2 if training else 4 * scores * layer.dim,
-        bytes=3 * bytes_in + 2 * bytes_out if training else bytes_in + bytes_out,
-        intermediate_bytes=4 * scores,
+        expected=exact_run(_definition, inputs, grad, training),
         details=asdict(layer),
+        **attention_work(layer.batch * layer.heads * layer.tokens**2, layer.dim, inputs, grad, training),
     )
 
 
-def _step(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor, training: bool) -> Run:
-    return training_run(function, inputs, grad) if training else forward_run(function, *inputs)
-
-
-def _exact(inputs: tuple[Tensor, ...], grad: Tensor, training: bool) -> tuple[Tensor, ...]:
-    def attention(qkv, bias=None):
-        query, key, value = _parts(qkv)
-        return reference.attention(query, key, value, bias, scale=qkv.shape[-1] ** -0.5).transpose(1, 2)
-
-    exact = tuple(tensor.detach().double().requires_grad_(training) for tensor in inputs)
-    return _step(attention, exact, grad.double(), training)()
+def _definition(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    return reference.attention(*_parts(qkv), bias, scale=qkv.shape[-1] ** -0.5).transpose(1, 2)
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -110,7 +96,7 @@ def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
 
 
 def _sdpa(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(*_parts(qkv), attn_mask=bias).transpose(1, 2)
+    return _sdpa_of_parts(*_parts(qkv), bias)
 
 
 def _math(qkv: Tensor, bias: Tensor | None = None, *, scale: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -34,7 +35,10 @@ def _cuda_peak(run: Run, device: torch.device) -> tuple[int, tuple[Tensor, ...]]
 
 
 def _cpu_peak(run: Run) -> tuple[int, tuple[Tensor, ...]]:
-    """PyTorch keeps no peak for the CPU, but the profiler's trace has each allocation, and each release as negative."""
+    """PyTorch keeps no peak for the CPU, but the profiler's trace has each allocation, and each release as negative.
+
+    It also has each call of vitfast's operators, during which there is scratch memory.
+    """
     extension = _extension.require()
     extension.reset_scratch_bytes()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports on itself, on standard error
@@ -44,9 +48,10 @@ def _cpu_peak(run: Run) -> tuple[int, tuple[Tensor, ...]]:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    memory_events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-    peak = held = 0
-    for event in memory_events:
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak + extension.scratch_bytes(), results
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    scratch = extension.scratch_bytes()  # the largest of any call, counted for all
+    for event in events:
+        if event["name"].startswith("vitfast::"):
+            changes += [(event["ts"], scratch), (event["ts"] + event["dur"], -scratch)]
+    held = accumulate(change for _, change in sorted(changes))
+    return max(held, default=0), results

@@ -26,9 +26,10 @@ def precompile(
     cases: list[Case], device: torch.device, dtypes: list[torch.dtype], announce: Callable[[str], None]
 ) -> None:
     """Fills the cache for these cases, which must be from `registry.cases`. Starts processes, by spawning."""
-    jobs = [(case.name, device, dtype, torch.get_num_threads()) for dtype in dtypes for case in cases]
+    compiling = [case for case in cases if case.compiles]
+    jobs = [(case.name, device, dtype, torch.get_num_threads()) for dtype in dtypes for case in compiling]
     processes = min(len(jobs), os.cpu_count() or 1, _MOST_PROCESSES)
-    if processes == 1:
+    if processes <= 1:
         return
     announce(f"compiling the torch.compile peers of {len(jobs)} cases, {processes} at a time (not counted)")
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from vitfast.bench import attention, window_attention
+from vitfast.bench import attention, mlp, models, window_attention
 from vitfast.bench.case import Case
 
 __all__ = ["cases"]
 
-_OPERATORS = (window_attention, attention)
+_OPERATORS = (window_attention, attention, mlp)
 
 
 def cases(pattern: str = "*") -> list[Case]:
-    """The cases whose name contains the shell pattern, in a fixed order.
+    """The cases of operators whose name contains the shell pattern, in a fixed order.
+
+    A pattern that begins with ``models`` stands for the cases of whole models whose name begins with it. These need
+    other libraries, and are never among the others.
 
     >>> [case.name for case in cases("swin_t_stage4/*")]
     ['window_attention/swin_t_stage4/forward', 'window_attention/swin_t_stage4/forward_backward']
+    >>> [case.name for case in cases("models/timm_vit")]
+    ['models/timm_vit_s/inference', 'models/timm_vit_s/training']
     """
+    if pattern.startswith("models"):
+        return [case for case in models.CASES if fnmatchcase(case.name, f"{pattern}*")]
     return [case for operator in _OPERATORS for case in operator.CASES if fnmatchcase(case.name, f"*{pattern}*")]

@@ -6,7 +6,8 @@ A report is a dictionary of basic types, ready for JSON:
 - ``rates``: what the machine can do, see `vitfast.bench.rates`;
 - ``records``: one per case, dtype and implementation, see `RECORD_KEYS`;
 - ``summary``: per family, pass and dtype, from the records of vitfast;
-- ``skipped``: peers that could not run, with the type of the error.
+- ``skipped``: peers that could not run, with the type of the error, and cases that cannot be measured here, with the
+  reason, under the name of vitfast.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vitfast.bench import environment, memory, timing
-from vitfast.bench.case import OURS, Case, Variant, Workload
+from vitfast.bench.case import OURS, Case, Unavailable, Variant, Workload
+from vitfast.bench.processes import FLOOR, ProcessTimer, workers
 from vitfast.bench.rates import Rates
 from vitfast.bench.timing import quantile
 
@@ -40,7 +42,7 @@ DEFAULT_ROUNDS = 15
 RECORD_KEYS = {
     "case": "operator/shape/pass",
     "family": "the group of the summary",
-    "pass": "forward, or forward_backward with all gradients",
+    "pass": "forward, or forward_backward with all gradients; of models inference or training",
     "dtype": "of the inputs and results",
     "device": "cpu or cuda",
     "impl": "vitfast, or the name of a peer",
@@ -52,6 +54,8 @@ RECORD_KEYS = {
     "match": "whether the error is at most twice that of the plain PyTorch path plus one rounding of the dtype",
     "ratio": "median of the fastest matching peer over the median of this implementation; None without such a peer",
     "fastest_peer": "which peer that is",
+    "attention_share": "of the original model's time, see vitfast.bench.models; None for operators",
+    "ratio_limit": "the ratio that attention in no time would give the model; None for operators",
     "flops": "counted operations; the operator's file in vitfast/bench says which",
     "bytes": "inputs and results, once per pass",
     "gflops": "flops over median_s",
@@ -59,7 +63,7 @@ RECORD_KEYS = {
     "share_of_gemm": "gflops over the rate of a large matrix product of the same dtype in this run",
     "share_of_copy": "gbs over the rate of a large copy in this run",
     "memory_bytes": "the most memory held beyond inputs and results",
-    "memory_share": "of the intermediates that an unfused implementation writes",
+    "memory_share": "of the intermediates that an unfused implementation writes; for models, of the original's memory",
     "details": "shapes",
 }
 
@@ -87,7 +91,12 @@ def run(
     records, skipped = [], []
     jobs = [(case, dtype) for dtype in dtypes for case in cases]
     for number, (case, dtype) in enumerate(jobs, 1):
-        measured = _measure(case, device, dtype, rounds, compiled)
+        try:
+            measured = _measure(case, device, dtype, rounds, compiled)
+        except Unavailable as error:
+            skipped.append(_identity(case, device, dtype) | {"impl": OURS, "reason": str(error)})
+            announce(f"[{number}/{len(jobs)}] {case.name} {dtype_name(dtype)}: not measured, {error}")
+            continue
         rates.sample()
         records += measured.records
         skipped += measured.skipped
@@ -166,14 +175,30 @@ def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
     variants, errors, skipped = _run_once(workload, compiled)
     extra = {variant.name: memory.extra_bytes(variant.run, device) for variant in variants}
     runs = {variant.name: variant.run for variant in variants}
-    seconds = timing.interleave(runs, timing.make_timer(device), rounds)
-    identity = {"case": case.name, "family": case.family, "pass": case.phase}
-    identity |= {"dtype": dtype_name(dtype), "device": device.type}
+    if workload.floor is not None:
+        runs[FLOOR] = workload.floor
+    if case.apart and device.type == "cpu":
+        with workers(case, list(runs), dtype) as runs:
+            seconds = timing.interleave(runs, ProcessTimer(), rounds)
+    else:
+        seconds = timing.interleave(runs, timing.make_timer(device), rounds)
+    identity = _identity(case, device, dtype)
     limit = error_limit(errors[workload.plain], dtype)
     return _Measured(
         make_records(identity, workload, seconds, errors, limit, extra),
         [identity | {"impl": name, "reason": reason} for name, reason in skipped.items()],
     )
+
+
+def _identity(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What records of a case begin with."""
+    return {
+        "case": case.name,
+        "family": case.family,
+        "pass": case.phase,
+        "dtype": dtype_name(dtype),
+        "device": device.type,
+    }
 
 
 def _run_once(workload: Workload, compiled: bool) -> tuple[list[Variant], dict[str, float], dict[str, str]]:
@@ -219,30 +244,36 @@ def make_records(
 ) -> list[dict]:
     """One record per implementation, without the shares of the machine's rates, which are known at the end."""
     medians = {name: quantile(samples, 0.5) for name, samples in seconds.items()}
-    matches = {name: errors[name] <= limit for name in seconds}
-    peers = [name for name in seconds if name != OURS and matches[name]]
+    floor = medians.pop(FLOOR, None)
+    matches = {name: errors[name] <= limit for name in medians}
+    peers = [name for name in medians if name != OURS and matches[name]]
     fastest = min(peers, key=medians.__getitem__, default=None)
+    whole = workload.intermediate_bytes
+    if whole is None:
+        whole = extra_bytes[workload.plain]
     return [
         identity
         | {
             "impl": name,
-            "median_s": medians[name],
-            "p20_s": quantile(samples, 0.2),
-            "p80_s": quantile(samples, 0.8),
-            "samples": len(samples),
+            "median_s": median,
+            "p20_s": quantile(seconds[name], 0.2),
+            "p80_s": quantile(seconds[name], 0.8),
+            "samples": len(seconds[name]),
             "error": errors[name],
             "match": matches[name],
-            "ratio": None if fastest is None else medians[fastest] / medians[name],
+            "ratio": None if fastest is None else medians[fastest] / median,
             "fastest_peer": fastest,
+            "attention_share": None if floor is None else 1 - floor / medians[workload.plain],
+            "ratio_limit": None if floor is None else medians[workload.plain] / floor,
             "flops": workload.flops,
             "bytes": workload.bytes,
-            "gflops": workload.flops / medians[name] / 1e9,
-            "gbs": workload.bytes / medians[name] / 1e9,
+            "gflops": workload.flops / median / 1e9,
+            "gbs": workload.bytes / median / 1e9,
             "memory_bytes": extra_bytes[name],
-            "memory_share": extra_bytes[name] / workload.intermediate_bytes,
+            "memory_share": extra_bytes[name] / whole,
             "details": workload.details,
         }
-        for name, samples in seconds.items()
+        for name, median in medians.items()
     ]
 
 
@@ -250,4 +281,5 @@ def _headline(record: dict) -> str:
     text = f"{record['case']} {record['dtype']}: {record['median_s'] * 1e3:.3g} ms"
     if record["ratio"] is None:
         return f"{text}, no peer to compare with"
-    return f"{text}, {record['ratio']:.2f}x as fast as {record['fastest_peer']}"
+    text = f"{text}, {record['ratio']:.2f}x as fast as {record['fastest_peer']}"
+    return text if record["ratio_limit"] is None else f"{text}, limit {record['ratio_limit']:.2f}x"

@@ -8,6 +8,10 @@ from vitfast.bench.case import OURS
 
 __all__ = ["format_report"]
 
+_LEGEND = (
+    "times in ms; ratio: time of the fastest peer over this one's; memory: beyond inputs and results, as a share of",
+    "the intermediates that a fused implementation does not write, for models of the original's memory",
+)
 _HEADER = (
     f"  {'impl':21}{'median':>10}{'p20':>10}{'p80':>10}{'ratio':>8}{'error':>10}"
     f"{'GFLOP/s':>10}{'of gemm':>9}{'GB/s':>8}{'of copy':>9}{'memory':>9}"
@@ -16,10 +20,7 @@ _HEADER = (
 
 def format_report(report: dict) -> str:
     """All cases, the fastest implementation first, and the summary with what is slower than a peer."""
-    lines = [
-        "times in ms; ratio: time of the fastest peer over this one's; memory: beyond inputs and results, as a share"
-    ]
-    lines += ["of the intermediates that are not written by a fused implementation", ""]
+    lines = [*_LEGEND, ""]
     for (case, dtype), group in groupby(report["records"], key=lambda record: (record["case"], record["dtype"])):
         records = sorted(group, key=lambda record: record["median_s"])
         lines += [f"{case}  {dtype}  ({_details(records[0])})", _HEADER, *map(_row, records), ""]
@@ -39,6 +40,12 @@ def _row(record: dict) -> str:
     remarks = [] if record["match"] else ["WRONG RESULT"]
     if record["impl"] == OURS and record["ratio"] is not None and record["ratio"] < 1:
         remarks.append("SLOWER")
+    if record["impl"] == OURS and record["ratio_limit"] is not None:
+        remarks.append(
+            f"attention is {record['attention_share']:.0%} of the original, limit {record['ratio_limit']:.2f}x"
+        )
+        if record["memory_share"] > 1:
+            remarks.append("MORE MEMORY")
     return (
         f"  {record['impl']:21}{times}{ratio:>8}{record['error']:10.1e}"
         f"{record['gflops']:10.1f}{record['share_of_gemm']:9.0%}{record['gbs']:8.1f}{record['share_of_copy']:9.0%}"

@@ -10,15 +10,32 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 
-__all__ = ["MIN_SAMPLE_SECONDS", "WARM_UP_CALLS", "CpuTimer", "CudaTimer", "interleave", "make_timer", "quantile"]
+__all__ = [
+    "MIN_SAMPLE_SECONDS",
+    "WARM_UP_CALLS",
+    "CpuTimer",
+    "CudaTimer",
+    "Timer",
+    "interleave",
+    "make_timer",
+    "quantile",
+]
 
 MIN_SAMPLE_SECONDS = 20e-3
 WARM_UP_CALLS = 2
 
 _FLUSH_BYTES = 2**30
+
+
+class Timer(Protocol):
+    """Measures a function."""
+
+    def sample(self, run: Callable[[], object], calls: int) -> float:
+        """Seconds per call of ``calls`` calls."""
 
 
 class CpuTimer:
@@ -54,14 +71,12 @@ class CudaTimer:
         return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
-def make_timer(device: torch.device) -> CpuTimer | CudaTimer:
+def make_timer(device: torch.device) -> Timer:
     """The timer for a device."""
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
-def interleave(
-    runs: Mapping[str, Callable[[], object]], timer: CpuTimer | CudaTimer, rounds: int
-) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Callable[[], object]], timer: Timer, rounds: int) -> dict[str, list[float]]:
     """``rounds`` samples of each, in seconds per call, after a warm-up that is not counted."""
     calls = {}
     for name, run in runs.items():

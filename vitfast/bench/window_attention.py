@@ -45,12 +45,12 @@ from vitfast.bench.case import (
     FORWARD_BACKWARD,
     OURS,
     Case,
-    Run,
     Variant,
     Workload,
+    attention_work,
     compile_peer,
-    forward_run,
-    training_run,
+    exact_run,
+    operator_run,
 )
 
 __all__ = ["CASES", "Layer", "make_workload"]
@@ -105,31 +105,24 @@ def make_workload(layer: Layer, phase: str, device: torch.device, dtype: torch.d
     training = phase == FORWARD_BACKWARD
     if training:
         inputs = tuple(tensor.requires_grad_() for tensor in inputs)
-    variants = [Variant(OURS, _run(partial(_fused, layer), inputs, grad, training))]
+    variants = [Variant(OURS, operator_run(partial(_fused, layer), inputs, grad, training))]
     for name, attention, compiled in _peers(layer):
         function = _with_mask(attention, region, bias, training)
         arguments = inputs if training else maps
         if compiled:
             function = compile_peer(function)
-        variants.append(Variant(name, _run(function, arguments, grad, training), compiled))
-    forward_flops = 4 * layer.batch * layer.windows * heads * layer.tokens**2 * dim
-    bytes_in, bytes_out = sum(t.nbytes for t in inputs), grad.nbytes
+        variants.append(Variant(name, operator_run(function, arguments, grad, training), compiled))
+    scores = layer.batch * layer.windows * heads * layer.tokens**2
     return Workload(
         variants=tuple(variants),
         plain="math",
-        expected=partial(_exact, layer, inputs, grad, training),
-        flops=forward_flops * 7 // 2 if training else forward_flops,
-        bytes=3 * bytes_in + 2 * bytes_out if training else bytes_in + bytes_out,
-        intermediate_bytes=4 * layer.batch * layer.windows * heads * layer.tokens**2,
+        expected=exact_run(partial(_definition, layer), inputs, grad, training),
         details=asdict(layer) | {"attended_share": _attended_share(region)},
+        **attention_work(scores, dim, inputs, grad, training),
     )
 
 
-def _run(function: Callable[..., Tensor], arguments: tuple[Tensor, ...], grad: Tensor, training: bool) -> Run:
-    return training_run(function, arguments, grad) if training else forward_run(function, *arguments)
-
-
-# ---- vitfast, and the definition in float64 --------------------------------------------------------------------------
+# ---- vitfast, and the definition -------------------------------------------------------------------------------------
 
 
 def _fused(layer: Layer, *inputs: Tensor) -> Tensor:
@@ -141,17 +134,12 @@ def _fused(layer: Layer, *inputs: Tensor) -> Tensor:
     return _channels_first_view(output)
 
 
-def _exact(layer: Layer, inputs: tuple[Tensor, ...], grad: Tensor, training: bool) -> tuple[Tensor, ...]:
+def _definition(layer: Layer, *inputs: Tensor) -> Tensor:
     window, shift = (layer.window,) * 2, (layer.shift,) * 2
-
-    def attention(*inputs):
-        *maps, bias = inputs
-        query, key, value = maps[0].unbind(3) if layer.packed else (_channels_last_view(layer, x) for x in maps)
-        output = reference.window_attention(query, key, value, bias, window_size=window, shift=shift, scale=layer.scale)
-        return output if layer.packed else _channels_first_view(output)
-
-    exact = tuple(tensor.detach().double().requires_grad_(training) for tensor in inputs)
-    return _run(attention, exact, grad.double(), training)()
+    *maps, bias = inputs
+    query, key, value = maps[0].unbind(3) if layer.packed else (_channels_last_view(layer, x) for x in maps)
+    output = reference.window_attention(query, key, value, bias, window_size=window, shift=shift, scale=layer.scale)
+    return output if layer.packed else _channels_first_view(output)
 
 
 def _channels_last_view(layer: Layer, x: Tensor) -> Tensor:

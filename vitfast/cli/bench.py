@@ -1,4 +1,4 @@
-"""``vitfast bench``: how fast the operators are on this machine, next to the best PyTorch path."""
+"""``vitfast bench``: how fast operators and models are on this machine, next to the best PyTorch path."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ def add_parser(subparsers) -> None:
 
     parser = subparsers.add_parser(
         "bench",
-        help="time every fused operator against the best PyTorch path",
+        help="time every fused operator against the best PyTorch path, or whole models against their originals",
         description="Time the fused operators and their peers in plain PyTorch, eager and compiled, with the error "
-        "against float64 beside the time. All cases take a few minutes, most of which is compiling the peers.",
+        "against float64 beside the time. All cases take a few minutes, most of which is compiling the peers. "
+        "'vitfast bench models' instead times models of timm, torchvision and transformers before and after "
+        "vitfast.accelerate.",
     )
     parser.add_argument(
-        "pattern", nargs="?", default="*", help="part of the cases' names, or shell pattern: 'swin_t', 'stage4/forward'"
+        "pattern",
+        nargs="?",
+        default="*",
+        help="part of the cases' names, or shell pattern: 'swin_t', 'stage4/forward'; whole models are measured only "
+        "by a pattern that begins with 'models': 'models/timm'",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures, machine and versions there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
@@ -58,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     cases = bench.cases(arguments.pattern)
     if not cases:
-        raise UserError(f"no case matches {arguments.pattern!r}; vitfast bench --list shows them all")
+        raise UserError(
+            f"no case matches {arguments.pattern!r}; vitfast bench --list and vitfast bench models --list show them all"
+        )
     if arguments.list:
         print("\n".join(case.name for case in cases))
         return 0

@@ -41,6 +41,11 @@ def is_batched_gradient(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is going on, which some devices, such as "meta", do not know."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def require_compilable(operator: str, backend: str, device: torch.device) -> None:
     """Raises where `torch.compile` could not call the registered operator."""
     _extension.require()  # it registers the operators, the Triton kernels' too

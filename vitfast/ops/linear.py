@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast.ops._rules import is_batched_gradient, is_transformed, records_gradients
+from vitfast.ops._rules import is_autocast, is_batched_gradient, is_transformed, records_gradients
 from vitfast.ops.backend import is_chosen
 
 _DTYPE = torch.float32
@@ -35,7 +35,7 @@ def is_plain_call(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not is_transformed()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not is_autocast(x.device)
         and is_chosen("cpu", x.device)
     )
 

@@ -56,13 +56,16 @@ def _forward(x: Tensor, weights: Weights, keep: bool) -> tuple[Tensor, list[Tens
     rows = rows_of(x)
     output = rows.new_empty(len(rows), len(weight2))
     hidden: list[Tensor] = []
+    scratch = None
     for block in _blocks(rows):
-        before = product(rows[block], weight1, bias1)
-        activated = torch.empty_like(before) if keep else before
-        torch.ops.vitfast.gelu(before, activated)
-        output[block] = product(activated, weight2, bias2)
+        activated = before = product(rows[block], weight1, bias1)
         if keep:
             hidden.append(before)
+            if scratch is None:  # the first block is the largest
+                scratch = torch.empty_like(before)
+            activated = scratch[: len(before)]
+        torch.ops.vitfast.gelu(before, activated)
+        output[block] = product(activated, weight2, bias2)
     return output.reshape(*x.shape[:-1], len(weight2)), hidden
 
 
@@ -76,8 +79,9 @@ def _backward(
     grad_weight1 = torch.zeros_like(weight1, memory_format=torch.contiguous_format) if needed[1] else None
     grad_bias1 = weight1.new_zeros(len(weight1)) if needed[2] else None
     grad_weight2 = torch.zeros_like(weight2, memory_format=torch.contiguous_format) if needed[3] else None
+    scratch = torch.empty_like(hidden[0]) if hidden else None  # the first block is the largest
     for block, before in zip(_blocks(rows), hidden, strict=True):
-        grad_hidden, activated = product(grads[block], weight2.t()), torch.empty_like(before)
+        grad_hidden, activated = product(grads[block], weight2.t()), scratch[: len(before)]
         torch.ops.vitfast.gelu_backward(before, activated, grad_hidden)
         if grad_weight2 is not None:
             grad_weight2.addmm_(grads[block].t(), activated)
