@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -27,7 +28,9 @@ def load(name: str) -> ModuleType:
         Unavailable: it is not installed, or its import fails.
     """
     try:
-        return _import(name)
+        if importlib.util.find_spec("torchvision") is not None:
+            _import_torchvision()  # timm and transformers do, the latter only when a model is asked for
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         raise Unavailable(f"{missing} is not installed: pip install {missing}") from error
@@ -38,16 +41,16 @@ def load(name: str) -> ModuleType:
         ) from error
 
 
-def _import(name: str) -> ModuleType:
-    """timm and transformers import torchvision, so what that lacks stops them too."""
+def _import_torchvision() -> None:
     try:
-        return importlib.import_module(name)
+        importlib.import_module("torchvision")
+        return
     except RuntimeError as error:
         if _MISSING not in str(error) or _declared:
             raise
-    for module in [module for module in sys.modules if module.partition(".")[0] in ("torchvision", name)]:
+    for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
         del sys.modules[module]  # as far as its import came
     _declared.append(torch.library.Library("torchvision", "DEF"))
     for declaration in _DECLARATIONS:
         _declared[0].define(declaration)
-    return importlib.import_module(name)
+    importlib.import_module("torchvision")

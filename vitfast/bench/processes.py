@@ -30,13 +30,20 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         arguments = (other, case.name, name, dtype, torch.get_num_threads())
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = context.Process(target=_serve, args=arguments, name=f"{case.name} {name}", daemon=True)
         self._process.start()
         other.close()
 
     def wait(self) -> None:
         """Until it is ready to run."""
-        self._connection.recv()
+        try:
+            self._connection.recv()
+        except EOFError as error:
+            self._process.join()
+            raise RuntimeError(
+                f"the process for {self._process.name} ended with exit status {self._process.exitcode} before it could "
+                "run; what it printed says why"
+            ) from error
 
     def __call__(self) -> None:
         self.sample(1)
