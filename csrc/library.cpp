@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   m.def(
       "attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, float scale) -> "
       "(Tensor grad_qkv, Tensor grad_bias)");
+  m.def(
+      "blur_pool2d(Tensor x, Tensor kernel, int[] stride, int[] padding, int padding_mode, Tensor? scale, Tensor? "
+      "shift, int activation, float temperature) -> Tensor");
+  m.def(
+      "blur_pool2d_backward(Tensor grad, Tensor? x, Tensor kernel, int[] size, int[] stride, int[] padding, int "
+      "padding_mode, Tensor? scale, Tensor? shift, int activation, float temperature) -> (Tensor grad_x, Tensor "
+      "grad_scale, Tensor grad_shift)");
   // Steps of the fused MLP: out = gelu(x); and out = gelu(x) while grad, that of out, becomes that of x.
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor x, Tensor(a!) out, Tensor(b!) grad) -> ()");
@@ -38,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&vitfast::attention_backward_cpu));
   m.impl("attention_qkvpacked", TORCH_BOX(&vitfast::attention_qkvpacked_cpu));
   m.impl("attention_qkvpacked_backward", TORCH_BOX(&vitfast::attention_qkvpacked_backward_cpu));
+  m.impl("blur_pool2d", TORCH_BOX(&vitfast::blur_pool2d_cpu));
+  m.impl("blur_pool2d_backward", TORCH_BOX(&vitfast::blur_pool2d_backward_cpu));
   m.impl("gelu", TORCH_BOX(&vitfast::gelu_cpu));
   m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));

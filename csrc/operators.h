@@ -25,6 +25,16 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_cpu(Tensor qkv, std::optional<Ten
 std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
                                                             Tensor out, Tensor lse, double scale);
 
+Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                       int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                       int64_t activation, double temperature);
+
+std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::optional<Tensor> x, Tensor kernel,
+                                                            std::vector<int64_t> size, std::vector<int64_t> stride,
+                                                            std::vector<int64_t> padding, int64_t padding_mode,
+                                                            std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                                            int64_t activation, double temperature);
+
 void gelu_cpu(Tensor x, Tensor out);
 
 void gelu_backward_cpu(Tensor x, Tensor out, Tensor grad);

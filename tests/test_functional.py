@@ -464,7 +464,10 @@ def test_operators_called_with_right_arguments():
 @pytest.mark.parametrize("name", functional.__all__)
 def test_public_functions_are_documented(name):
     function = getattr(functional, name)
-    assert any(shape in function.__doc__ for shape in ("(B, H, W", "(B, windows", "(B, heads, N", "(B, N", "(..., C)"))
+    assert any(
+        shape in function.__doc__
+        for shape in ("(B, H, W", "(B, windows", "(B, heads, N", "(B, N", "(B, C, H, W)", "(..., C)")
+    )
     assert function.__module__ == "vitfast.functional"
 
 

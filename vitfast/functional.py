@@ -9,13 +9,16 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import attention as _attention
+from vitfast.ops import blur_pool as _blur_pool
 from vitfast.ops import mlp as _mlp
 from vitfast.ops import window_attention as _window_attention
 from vitfast.ops._rules import is_autocast
+from vitfast.reference.blur_pool import ACTIVATIONS, PADDING_MODES
 
 __all__ = [
     "attention",
     "attention_qkvpacked",
+    "blur_pool2d",
     "mlp",
     "window_attention",
     "window_attention_qkvpacked",
@@ -23,6 +26,7 @@ __all__ = [
 ]
 
 _LARGEST_WINDOW = 2**31 - 1  # so that the number of a window's tokens fits into 64 bits
+_LARGEST_BLUR = 7  # taps of a blur kernel, each way
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -113,6 +117,79 @@ def attention_qkvpacked(
     bias = _check_score_bias(bias, qkv.dtype, (batch, heads, tokens, tokens))
     options = _check_options(is_causal, dropout_p)
     return _attention.attention((qkv,), bias, _check_scale(scale, qkv), *options)
+
+
+def blur_pool2d(
+    x: Tensor,
+    kernel: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] | None = None,
+    padding_mode: str = "reflect",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    temperature: float = 10.0,
+) -> Tensor:
+    r"""Blur pooling: every channel is correlated with one kernel and subsampled, fused with what comes before it.
+
+    :math:`y[o, p] = \sum_{i,j} k[i, j] \; u[s o + i - \mathrm{top}, s p + j - \mathrm{left}]` of the padded map
+    :math:`u = \mathrm{activation}(\mathrm{scale} \cdot x + \mathrm{shift})`. Without the three, u is x.
+
+    Args:
+        x: (B, C, H, W), contiguous or channels_last, which are read and written as they are; others are copied.
+        kernel: (K,) for the outer product of K taps with themselves, or (K, L), of 1 to 7 taps each way. The kernel is
+            taken as it is: taps that keep the mean of a map sum to 1. A separable one is applied as two of one
+            dimension.
+        stride: one integer or (rows, columns).
+        padding: places added to the map, as one integer, (rows, columns), or (left, right, top, bottom) in the order of
+            `torch.nn.functional.pad`. None adds K - 1 in all, the larger half after the map: the output then has
+            ceil(H / stride) rows and ceil(W / stride) columns.
+        padding_mode: "reflect", "replicate", "circular", "zeros", or "none" for no padding. Margins larger than the map
+            repeat the pattern.
+        scale: (C,), for example of a normalisation in evaluation mode, weight / sqrt(variance + eps).
+        shift: (C,), for example bias - scale * mean. Scale and shift are float32 beside float16 and bfloat16, or as x.
+        activation: None, "relu", "relu6", or "tanh_relu" for relu(temperature * tanh(z / temperature)).
+        temperature: of "tanh_relu".
+
+    Returns:
+        (B, C, floor((H + top + bottom - K) / stride) + 1, likewise), in the dtype and memory format of ``x``.
+
+    float16 and bfloat16 accumulate in float32. Differentiable any number of times with respect to x, scale and shift,
+    in reverse and forward mode; blurs of gradients and tangents are fused too. A kernel that needs a gradient is served
+    by plain PyTorch.
+
+    Raises:
+        TypeError: a tensor is not floating point, or dtypes differ.
+        ValueError: shapes or devices do not fit, or an option has a value that cannot be.
+
+    Sources: Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019; Park & Kim, "Blurs Behave Like
+    Ensembles", ICML 2022.
+
+    >>> taps = torch.tensor([0.25, 0.5, 0.25])
+    >>> blur_pool2d(torch.randn(8, 64, 56, 56), taps, stride=2).shape
+    torch.Size([8, 64, 28, 28])
+    """
+    _check_blur_tensors(x, kernel, scale, shift)
+    if kernel.dim() == 1:
+        kernel = torch.outer(kernel, kernel)
+    spec = _blur_pool.Spec(
+        stride=_check_stride(stride),
+        padding=_check_padding(padding, padding_mode, kernel),
+        padding_mode="zeros" if padding_mode == "none" else padding_mode,
+        activation=activation,
+        temperature=_check_activation(activation, temperature),
+    )
+    left, right, top, bottom = spec.padding
+    for axis, size, taps in zip(
+        "HW", (x.shape[2] + top + bottom, x.shape[3] + left + right), kernel.shape, strict=True
+    ):
+        if size < taps:
+            raise ValueError(
+                f"the padded map must be at least as large as the kernel; along {axis} it has {size} places for "
+                f"{taps} taps: x is {tuple(x.shape)}, the kernel {tuple(kernel.shape)}, padding {spec.padding}"
+            )
+    return _blur_pool.blur_pool2d(x, kernel, scale, shift, spec)
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
@@ -277,29 +354,35 @@ def window_attention_weights(
 def _check_tensors(bias: Tensor | None, **tensors: Tensor) -> None:
     """Types, dtypes and devices; ``bias`` may be float32 beside lower precision."""
     first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS:
-            mask = name == "bias" and tensor.dtype == torch.bool
-            way_out = (
-                "A mask that is True for what a query may see becomes a bias with torch.where(mask, 0.0, -torch.inf)"
-                if mask
-                else "Convert it with .float()"
-            )
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {tensor.dtype}. {way_out}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}. Convert it with .to_dense()")
-        if tensor.device != first.device:
-            raise ValueError(
-                f"all tensors must be on one device; {first_name} is on {first.device} and {name} on {tensor.device}"
-            )
-        mixed = name == "bias" and tensor.dtype == torch.float32 and first.dtype in (torch.float16, torch.bfloat16)
-        if tensor.dtype != first.dtype and not mixed:
-            raise TypeError(
-                f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}. "
-                f"Convert it with .to({first.dtype})"
-            )
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, first_name, first)
+    if bias is not None:
+        _check_tensor("bias", bias, first_name, first, may_be_float32=True)
+
+
+def _check_tensor(name: str, tensor: Tensor, first_name: str, first: Tensor, may_be_float32: bool = False) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        mask = name == "bias" and tensor.dtype == torch.bool
+        way_out = (
+            "A mask that is True for what a query may see becomes a bias with torch.where(mask, 0.0, -torch.inf)"
+            if mask
+            else "Convert it with .float()"
+        )
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {tensor.dtype}. {way_out}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}. Convert it with .to_dense()")
+    if tensor.device != first.device:
+        raise ValueError(
+            f"all tensors must be on one device; {first_name} is on {first.device} and {name} on {tensor.device}"
+        )
+    mixed = may_be_float32 and tensor.dtype == torch.float32 and first.dtype in (torch.float16, torch.bfloat16)
+    if tensor.dtype != first.dtype and not mixed:
+        raise TypeError(
+            f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}. "
+            f"Convert it with .to({first.dtype})"
+        )
 
 
 def _check_sequences(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -424,3 +507,69 @@ def _check_scale(scale: float | None, query: Tensor) -> float:
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a Python number or None; got {type(scale).__name__}")
     return float(scale)
+
+
+def _check_blur_tensors(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
+    _check_tensors(None, x=x)
+    _check_tensors(None, kernel=kernel)  # of any precision
+    if x.dim() != 4:
+        raise ValueError(
+            f"x must have the shape (B, C, H, W); got {tuple(x.shape)}. One image becomes a batch with .unsqueeze(0)"
+        )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have at least one row and one column; got {tuple(x.shape)}")
+    if kernel.dim() not in (1, 2) or not all(1 <= taps <= _LARGEST_BLUR for taps in kernel.shape):
+        raise ValueError(
+            f"kernel must have the shape (K,) or (K, L), with 1 to {_LARGEST_BLUR} taps each way; "
+            f"got {tuple(kernel.shape)}. Larger ones are torch.nn.functional.conv2d with groups=C"
+        )
+    if kernel.device != x.device:
+        raise ValueError(f"all tensors must be on one device; x is on {x.device} and kernel on {kernel.device}")
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor is None:
+            continue
+        _check_tensor(name, tensor, "x", x, may_be_float32=True)
+        if tuple(tensor.shape) != (x.shape[1],):
+            raise ValueError(
+                f"{name} must have one value per channel, the shape ({x.shape[1]},); got {tuple(tensor.shape)}"
+            )
+
+
+def _check_stride(stride) -> tuple[int, int]:
+    pair = integer_pair("stride", stride)
+    if min(pair) < 1:
+        raise ValueError(f"stride must be at least 1; got {stride}")
+    return pair
+
+
+def _check_padding(padding, mode: str, kernel: Tensor) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom)."""
+    if mode not in (*PADDING_MODES, "none"):
+        raise ValueError(f"padding_mode must be one of {', '.join((*PADDING_MODES, 'none'))}; got {mode!r}")
+    if mode == "none":
+        if padding not in (None, 0):
+            raise ValueError(f"padding_mode='none' takes no padding; got padding={padding}")
+        return (0, 0, 0, 0)
+    if padding is None:
+        rows, columns = kernel.shape
+        return ((columns - 1) // 2, columns // 2, (rows - 1) // 2, rows // 2)
+    if isinstance(padding, (tuple, list)) and len(padding) == 4:
+        sides = (*integer_pair("padding", padding[:2]), *integer_pair("padding", padding[2:]))
+    else:
+        rows, columns = integer_pair("padding", padding)
+        sides = (columns, columns, rows, rows)
+    if min(sides) < 0:
+        raise ValueError(f"padding must not be negative; got {padding}. A smaller map is a slice of x")
+    return sides
+
+
+def _check_activation(activation: str | None, temperature: float) -> float:
+    """The temperature."""
+    if activation not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"activation must be one of {names}; got {activation!r}")
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number; got {temperature!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    return float(temperature)

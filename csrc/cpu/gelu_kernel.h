@@ -18,7 +18,7 @@ struct Normal {
 inline Normal<float> normal(Vec<float> x) {
   // Phi(-a) exp(a^2 / 2) = t P(t) with t = 1 / (1 + 0.35 a), for 0 <= a <= 13.3, beyond which exp is 0. P is minimax in
   // relative error, by reweighted least squares: 3.2e-8.
-  constexpr float kPolynomial[] = {0.13962166f,  0.13985756f,  0.11986307f, 0.10539221f,  -0.022843578f,
+  constexpr float kPolynomial[] = {0.13962166f, 0.13985756f,  0.11986307f, 0.10539221f,  -0.022843578f,
                                    0.15879678f, -0.25539118f, 0.1438185f,  -0.029115031f};
   constexpr float kInverseRoot2Pi = 0.3989422804f;
   const Vec<float> a = x < 0.0f ? -x : x;

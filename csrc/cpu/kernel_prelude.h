@@ -25,6 +25,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "cpu/attention.h"
+#include "cpu/blur_pool.h"
 #include "cpu/cache.h"
 #include "cpu/gelu.h"
 #include "cpu/parallel.h"

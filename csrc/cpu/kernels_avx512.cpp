@@ -13,6 +13,7 @@
 #define VITFAST_ISA avx512
 #define VITFAST_VECTOR_BYTES 64
 #include "cpu/attention_kernel.h"
+#include "cpu/blur_pool_kernel.h"
 #include "cpu/gelu_kernel.h"
 #include "cpu/window_attention_kernel.h"
 

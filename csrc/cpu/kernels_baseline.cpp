@@ -4,5 +4,6 @@
 #define VITFAST_ISA baseline
 #define VITFAST_VECTOR_BYTES 16
 #include "cpu/attention_kernel.h"
+#include "cpu/blur_pool_kernel.h"
 #include "cpu/gelu_kernel.h"
 #include "cpu/window_attention_kernel.h"

@@ -9,6 +9,7 @@ from vitfast.reference.attention import (
     attention_backward_tangent,
     attention_tangent,
 )
+from vitfast.reference.blur_pool import blur_pool2d, blur_pool2d_transposed
 from vitfast.reference.mlp import mlp, mlp_backward
 from vitfast.reference.window_attention import (
     window_attention,
@@ -25,6 +26,8 @@ __all__ = [
     "attention_backward",
     "attention_backward_tangent",
     "attention_tangent",
+    "blur_pool2d",
+    "blur_pool2d_transposed",
     "mlp",
     "mlp_backward",
     "window_attention",

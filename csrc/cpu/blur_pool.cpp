@@ -1,0 +1,337 @@
+// The blur pooling operators on the CPU: the blur as sparse matrices, allocation, and the choice of a kernel. Arguments
+// were checked by vitfast.functional; what is checked here only keeps a direct call of the operator within bounds.
+#include "cpu/blur_pool.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "operators.h"
+
+namespace vitfast {
+namespace {
+
+using cpu::BlurActivation;
+using cpu::BlurCall;
+using cpu::BlurMatrix;
+using cpu::BlurPadding;
+using cpu::BlurSteps;
+using cpu::BlurTap;
+using torch::headeronly::ScalarType;
+
+const cpu::BlurKernels& kernels() {
+  return cpu::kernels_for(cpu::avx512::blur_kernels, cpu::avx2::blur_kernels, cpu::baseline::blur_kernels);
+}
+
+void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::blur_pool2d: ", what); }
+
+// ---- the kernel as lines: one if it is an outer product
+// --------------------------------------------------------------
+
+struct Lines {
+  std::vector<double> rows;                  // the weight of each row of the kernel
+  std::vector<std::vector<double>> columns;  // its lines; a single one serves all rows
+};
+
+Lines lines_of(const Tensor& kernel) {
+  const int64_t height = kernel.size(0), width = kernel.size(1);
+  const double* values = static_cast<const double*>(kernel.data_ptr());
+  const double* pivot =
+      std::max_element(values, values + height * width, [](double a, double b) { return std::abs(a) < std::abs(b); });
+  const double* pivot_row = values + (pivot - values) / width * width;
+  const int64_t pivot_column = (pivot - values) % width;
+  Lines lines;
+  lines.columns.emplace_back(pivot_row, pivot_row + width);
+  // A kernel that was multiplied out in float32 is an outer product but for rounding, and taken as one.
+  constexpr double kRounding = 1e-7;
+  bool separable = true;
+  for (int64_t y = 0; y < height; ++y) {
+    lines.rows.push_back(*pivot == 0 ? 1 : values[y * width + pivot_column] / *pivot);
+    for (int64_t x = 0; x < width; ++x) {
+      const double value = values[y * width + x];
+      separable = separable && std::abs(value - lines.rows[y] * pivot_row[x]) <= kRounding * std::abs(value);
+    }
+  }
+  if (!separable) {
+    lines.columns.clear();
+    for (int64_t y = 0; y < height; ++y) lines.columns.emplace_back(values + y * width, values + (y + 1) * width);
+    lines.rows.assign(height, 1);
+  }
+  return lines;
+}
+
+// ---- padding and stride as matrices
+// ----------------------------------------------------------------------------------
+
+struct Geometry {
+  int64_t size, outputs, stride, before, after;
+  BlurPadding padding;
+
+  // The input at a place that is `at` from the first, or -1 for a zero.
+  int64_t source(int64_t at) const {
+    if (0 <= at && at < size) return at;
+    switch (padding) {
+      case BlurPadding::kZeros:
+        return -1;
+      case BlurPadding::kReplicate:
+        return std::clamp<int64_t>(at, 0, size - 1);
+      case BlurPadding::kCircular:
+        return (at % size + size) % size;
+      case BlurPadding::kReflect:
+        break;
+    }
+    const int64_t period = std::max<int64_t>(2 * (size - 1), 1);
+    const int64_t within = (at % period + period) % period;
+    return within < size ? within : period - within;
+  }
+};
+
+// Adds a tap to those since `begin`, or its weight to the one that is there.
+void add_tap(std::vector<BlurTap>& taps, int64_t begin, const BlurTap& tap) {
+  for (size_t i = begin; i < taps.size(); ++i) {
+    if (taps[i].from == tap.from && taps[i].line == tap.line) {
+      taps[i].weight += tap.weight;
+      return;
+    }
+  }
+  taps.push_back(tap);
+}
+
+BlurMatrix matrix_of(const Geometry& axis, const std::vector<double>& kernel, bool line_for_each) {
+  BlurMatrix matrix;
+  for (int64_t o = 0; o < axis.outputs; ++o) {
+    const int64_t begin = static_cast<int64_t>(matrix.taps.size());
+    matrix.begin.push_back(begin);
+    for (int64_t t = 0; t < static_cast<int64_t>(kernel.size()); ++t) {
+      const int64_t from = axis.source(o * axis.stride + t - axis.before);
+      if (from >= 0) add_tap(matrix.taps, begin, {from, line_for_each ? t : 0, kernel[t]});
+    }
+  }
+  matrix.begin.push_back(static_cast<int64_t>(matrix.taps.size()));
+  return matrix;
+}
+
+BlurMatrix transposed(const BlurMatrix& matrix, int64_t inputs) {
+  std::vector<int64_t> counts(inputs + 1);
+  for (const BlurTap& tap : matrix.taps) ++counts[tap.from + 1];
+  for (int64_t i = 0; i < inputs; ++i) counts[i + 1] += counts[i];
+  BlurMatrix result{counts, std::vector<BlurTap>(matrix.taps.size())};
+  for (size_t o = 0; o + 1 < matrix.begin.size(); ++o) {
+    for (int64_t i = matrix.begin[o]; i < matrix.begin[o + 1]; ++i) {
+      const BlurTap& tap = matrix.taps[i];
+      result.taps[counts[tap.from]++] = {static_cast<int64_t>(o), tap.line, tap.weight};
+    }
+  }
+  return result;
+}
+
+// ---- the matrix for rows as steps
+// ------------------------------------------------------------------------------------
+
+// `strip` outputs make a strip, `group` a group; `inputs` rows with `lines` lines each may be wanted.
+BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int64_t strip, int64_t group) {
+  const int64_t outputs = static_cast<int64_t>(matrix.begin.size()) - 1;
+  BlurSteps steps;
+  const auto id_of = [&](const BlurTap& tap) { return tap.from * lines + tap.line; };
+  std::vector<int64_t> slot_of(inputs * lines, -1);    // of a row and line
+  std::vector<int64_t> wanted_by(inputs * lines, -1);  // the last group that wanted it
+  for (int64_t start = 0; start < outputs; start += strip) {
+    steps.strips.push_back(static_cast<int64_t>(steps.groups.size()));
+    std::fill(slot_of.begin(), slot_of.end(), -1);
+    std::vector<int64_t> held;  // what is in the slots
+    const int64_t stop = std::min(start + strip, outputs);
+    for (int64_t first = start; first < stop; first += group) {
+      const int64_t last = std::min(first + group, stop), begin = static_cast<int64_t>(steps.loads.size());
+      const int64_t number = static_cast<int64_t>(steps.groups.size());
+      const auto taps = [&](auto use) {
+        for (int64_t i = matrix.begin[first]; i < matrix.begin[last]; ++i) use(matrix.taps[i]);
+      };
+      taps([&](const BlurTap& tap) { wanted_by[id_of(tap)] = number; });
+      size_t victim = 0;
+      taps([&](const BlurTap& tap) {
+        const int64_t id = id_of(tap);
+        if (slot_of[id] >= 0) return;
+        while (victim < held.size() && wanted_by[held[victim]] == number) ++victim;
+        if (victim == held.size()) {
+          held.push_back(id);
+        } else {
+          slot_of[held[victim]] = -1;
+          held[victim] = id;
+        }
+        slot_of[id] = static_cast<int64_t>(victim);
+        steps.loads.push_back({tap.from, tap.line, slot_of[id]});
+      });
+      for (int64_t o = first; o < last; ++o) {
+        steps.begin.push_back(static_cast<int64_t>(steps.taps.size()));
+        for (int64_t i = matrix.begin[o]; i < matrix.begin[o + 1]; ++i) {
+          steps.taps.push_back({slot_of[id_of(matrix.taps[i])], matrix.taps[i].weight});
+        }
+        steps.most_taps = std::max(steps.most_taps, matrix.begin[o + 1] - matrix.begin[o]);
+      }
+      const int64_t end = static_cast<int64_t>(steps.loads.size());
+      steps.groups.push_back({first, last, begin, end});
+      steps.most_loads = std::max(steps.most_loads, end - begin);
+    }
+    steps.slots = std::max(steps.slots, static_cast<int64_t>(held.size()));
+  }
+  steps.strips.push_back(static_cast<int64_t>(steps.groups.size()));
+  steps.begin.push_back(static_cast<int64_t>(steps.taps.size()));
+  return steps;
+}
+
+// ---- calls
+// -----------------------------------------------------------------------------------------------------------
+
+struct Options {
+  std::vector<int64_t> stride, padding;  // (rows, columns); (left, right, top, bottom)
+  int64_t padding_mode;
+};
+
+Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before, int64_t after, int64_t mode) {
+  check(stride > 0 && before >= 0 && after >= 0 && 0 <= mode && mode <= 3, "stride, padding or padding_mode is wrong");
+  check(size > 0 && size + before + after >= taps, "the kernel is larger than the padded map");
+  return {size, (size + before + after - taps) / stride + 1, stride, before, after, static_cast<BlurPadding>(mode)};
+}
+
+// The blur of a (batch, channels, height, width) map; without its tensors.
+BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel, const Options& options,
+                 bool channels_last, bool transpose) {
+  check(kernel.dim() == 2 && kernel.size(0) > 0 && kernel.size(1) > 0 && kernel.size(0) <= 7 && kernel.size(1) <= 7 &&
+            kernel.scalar_type() == ScalarType::Double && kernel.is_contiguous(),
+        "kernel must be a float64 matrix of 1 to 7 taps each way");
+  check(options.stride.size() == 2 && options.padding.size() == 4, "stride takes 2 numbers, padding 4");
+  const auto& [stride, padding, mode] = options;
+  const Geometry rows = geometry_of(height, kernel.size(0), stride[0], padding[2], padding[3], mode);
+  const Geometry columns = geometry_of(width, kernel.size(1), stride[1], padding[0], padding[1], mode);
+  const Lines lines = lines_of(kernel);
+
+  BlurCall call{};
+  call.storage = cpu::storage_of(like.scalar_type());
+  call.channels_last = channels_last;
+  call.batch = like.size(0);
+  call.channels = like.size(1);
+  call.in_height = height, call.out_height = rows.outputs;
+  call.in_width = width, call.out_width = columns.outputs;
+  BlurMatrix matrix = matrix_of(rows, lines.rows, lines.columns.size() > 1);
+  for (const std::vector<double>& line : lines.columns) call.columns.push_back(matrix_of(columns, line, false));
+  if (transpose) {
+    std::swap(call.in_height, call.out_height);
+    std::swap(call.in_width, call.out_width);
+    matrix = transposed(matrix, height);
+    for (BlurMatrix& line : call.columns) line = transposed(line, width);
+  }
+  // Enough strips for many threads, the same whatever their number, so that sums have one order.
+  constexpr int64_t kTasks = 64, kRows = 16;
+  const int64_t maps = std::max<int64_t>(call.batch * (channels_last ? call.channels / 16 : call.channels), 1);
+  const int64_t strips = std::clamp<int64_t>(kTasks / maps, 1, std::max<int64_t>(call.out_height / kRows, 1));
+  // A row of pixels is work enough for one step; of short rows, the slots of a group fill a part of the first level.
+  constexpr int64_t kGroupValues = 2048;
+  const int64_t group =
+      channels_last ? 1 : std::clamp<int64_t>(kGroupValues / std::max(call.in_width, call.out_width), 1, 64);
+  call.rows = steps_of(matrix, call.in_height, static_cast<int64_t>(call.columns.size()),
+                       (call.out_height + strips - 1) / strips, group);
+  return call;
+}
+
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+    expected *= x.size(dim);
+  }
+  return true;
+}
+
+void check_map(const Tensor& x, bool channels_last) {
+  check(x.dim() == 4, "a map must be (B, C, H, W)");
+  const bool either = x.size(1) == 1 || x.size(2) * x.size(3) == 1;
+  check(channels_last ? is_channels_last(x) || (x.is_contiguous() && either) : x.is_contiguous(),
+        "maps must be contiguous or channels_last, and all alike");
+}
+
+// A (B, C, H, W) tensor, in memory as (B, H, W, C) if it is to be channels_last.
+Tensor new_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
+  const int64_t batch = like.size(0), channels = like.size(1);
+  if (!channels_last) return torch::stable::new_empty(like, {batch, channels, height, width});
+  const Tensor pixels = torch::stable::new_empty(like, {batch, height, width, channels});
+  return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2);
+}
+
+void set_prologue(BlurCall& call, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                  int64_t activation, double temperature, ScalarType dtype) {
+  check(0 <= activation && activation <= 3, "activation is unknown");
+  call.prologue.activation = static_cast<BlurActivation>(activation);
+  call.prologue.temperature = temperature;
+  for (const auto& [values, to] : {std::pair{&scale, &call.prologue.scale}, std::pair{&shift, &call.prologue.shift}}) {
+    if (!values->has_value()) continue;
+    check((*values)->dim() == 1 && (*values)->size(0) == call.channels && (*values)->is_contiguous() &&
+              (*values)->scalar_type() == cpu::compute_dtype(dtype),
+          "scale and shift must be (C,), contiguous, in the dtype that is computed in");
+    *to = (*values)->data_ptr();
+  }
+}
+
+bool empty(const Tensor& x) { return x.numel() == 0; }
+
+}  // namespace
+
+Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                       int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                       int64_t activation, double temperature) {
+  const bool channels_last = x.dim() == 4 && is_channels_last(x);
+  check_map(x, channels_last);
+  BlurCall call = call_of(x, x.size(2), x.size(3), kernel, {stride, padding, padding_mode}, channels_last, false);
+  set_prologue(call, scale, shift, activation, temperature, x.scalar_type());
+  const Tensor out = new_map(x, call.out_height, call.out_width, channels_last);
+  call.in = x.data_ptr();
+  call.out = out.data_ptr();
+  if (!empty(out)) kernels().run(call);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::optional<Tensor> x, Tensor kernel,
+                                                            std::vector<int64_t> size, std::vector<int64_t> stride,
+                                                            std::vector<int64_t> padding, int64_t padding_mode,
+                                                            std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                                            int64_t activation, double temperature) {
+  const Tensor& leading = x.has_value() ? *x : grad;
+  const bool channels_last = leading.dim() == 4 && is_channels_last(leading);
+  check_map(grad, channels_last);
+  check(size.size() == 2, "size must be the height and width of x");
+  BlurCall call = call_of(grad, size[0], size[1], kernel, {stride, padding, padding_mode}, channels_last, true);
+  check(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
+  set_prologue(call, scale, shift, activation, temperature, grad.scalar_type());
+  const Tensor grad_x = new_map(grad, size[0], size[1], channels_last);
+  call.in = grad.data_ptr();
+  call.out = grad_x.data_ptr();
+  Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);
+  check(x.has_value() == call.prologue.any(), "x is needed with a prologue, and only then");
+  if (!x.has_value()) {
+    if (!empty(grad_x)) kernels().run(call);
+    return {grad_x, none, none};
+  }
+  check_map(*x, channels_last);
+  check(x->scalar_type() == grad.scalar_type() && x->size(0) == grad.size(0) && x->size(1) == grad.size(1) &&
+            x->size(2) == size[0] && x->size(3) == size[1],
+        "x must have the dtype of grad, and its own size");
+  Tensor partial = torch::stable::new_empty(grad, {2, call.parts(), call.channels}, ScalarType::Double);
+  Tensor sums = torch::stable::new_empty(grad, {2, call.channels}, ScalarType::Double);
+  call.primal = x->data_ptr();
+  call.scale_partial = static_cast<double*>(partial.data_ptr());
+  call.shift_partial = call.scale_partial + partial.stride(0);
+  if (empty(grad_x)) {
+    torch::stable::zero_(sums);
+  } else {
+    kernels().run(call);
+    cpu::add_up_partial_sums(partial, 2, call.parts(), call.channels, sums);
+  }
+  return {grad_x, torch::stable::select(sums, 0, 0), torch::stable::select(sums, 0, 1)};
+}
+
+}  // namespace vitfast

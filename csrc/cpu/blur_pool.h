@@ -1,0 +1,94 @@
+// Blur pooling on the CPU: what the operators (blur_pool.cpp) and their kernels (blur_pool_kernel.h) share.
+//
+// A blur is the product of two sparse matrices, one that acts on columns and one that acts on rows, and padding, stride
+// and the transposition for the gradient are all in these matrices. A kernel that is no outer product of two vectors
+// has a matrix for columns per line of the kernel.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/storage.h"
+
+namespace vitfast::cpu {
+
+// A sparse matrix: output o is the sum of the taps in [begin[o], begin[o + 1]).
+struct BlurTap {
+  int64_t from;  // an input along this axis
+  int64_t line;  // of a matrix for rows: which of the matrices has acted on the columns; else 0
+  double weight;
+};
+struct BlurMatrix {
+  std::vector<int64_t> begin;
+  std::vector<BlurTap> taps;
+};
+
+// The matrix for rows as steps: the rows of the input that a group of outputs needs are blurred along their columns
+// into slots, where later groups may find them; then each output is a weighted sum of slots.
+struct BlurSteps {
+  struct Load {
+    int64_t from, line, slot;
+  };
+  struct Tap {
+    int64_t slot;
+    double weight;
+  };
+  struct Group {
+    int64_t first, last;  // outputs
+    int64_t begin, end;   // of its loads
+  };
+  std::vector<Load> loads;
+  std::vector<Group> groups;
+  std::vector<int64_t> strips;  // strip s has the groups in [strips[s], strips[s + 1]) and finds no slot filled
+  std::vector<int64_t> begin;   // output o has the taps in [begin[o], begin[o + 1])
+  std::vector<Tap> taps;
+  int64_t slots = 0, most_loads = 0, most_taps = 0;  // of a group, and of an output
+
+  int64_t strip_count() const { return static_cast<int64_t>(strips.size()) - 1; }
+};
+
+// These numbers are also known to vitfast/ops/blur_pool.py.
+enum class BlurPadding { kZeros, kReflect, kReplicate, kCircular };
+enum class BlurActivation { kNone, kRelu, kRelu6, kTanhRelu };
+
+// u = activation(scale * x + shift).
+struct BlurPrologue {
+  BlurActivation activation = BlurActivation::kNone;
+  double temperature = 1;       // of kTanhRelu: relu(temperature * tanh(z / temperature))
+  const void* scale = nullptr;  // (channels,) in the type that is computed in; null for 1
+  const void* shift = nullptr;  // likewise; null for 0
+
+  bool any() const { return activation != BlurActivation::kNone || scale != nullptr || shift != nullptr; }
+};
+
+struct BlurCall {
+  Storage storage;
+  bool channels_last;
+  int64_t batch, channels, in_height, in_width, out_height, out_width;
+  BlurSteps rows;
+  std::vector<BlurMatrix> columns;  // one for each line of the kernel, or a single one
+  const void* in;
+  void* out;
+  BlurPrologue prologue;  // of the input; of `primal` if there is one, whose gradient is then written
+
+  const void* primal = nullptr;                               // x, laid out as `out`
+  double *scale_partial = nullptr, *shift_partial = nullptr;  // (batch, strips, channels)
+
+  int64_t parts() const { return batch * rows.strip_count(); }
+};
+
+struct BlurKernels {
+  void (*run)(const BlurCall&);
+};
+
+namespace baseline {
+extern const BlurKernels blur_kernels;
+}
+namespace avx2 {
+extern const BlurKernels blur_kernels;
+}
+namespace avx512 {
+extern const BlurKernels blur_kernels;
+}
+
+}  // namespace vitfast::cpu
