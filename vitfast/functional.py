@@ -417,6 +417,8 @@ def _check_maps(query: Tensor, key: Tensor, value: Tensor | None = None) -> None
 def integer_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) from one integer or a pair of them; a TypeError that speaks of ``name`` for anything else."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) == 2 and type(pair[0]) is int and type(pair[1]) is int:  # the checks below take microseconds
+        return pair
     if len(pair) != 2 or not all(isinstance(v, (Integral, torch.SymInt)) and not isinstance(v, bool) for v in pair):
         raise TypeError(f"{name} must be an integer or a pair of integers (rows, columns); got {value!r}")
     return tuple(v if isinstance(v, torch.SymInt) else int(v) for v in pair)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from vitfast.bench import attention, mlp, models, window_attention
+from vitfast.bench import attention, blur_pool, mlp, models, window_attention
 from vitfast.bench.case import Case
 
 __all__ = ["cases"]
 
-_OPERATORS = (window_attention, attention, mlp)
+_OPERATORS = (window_attention, attention, mlp, blur_pool)
 
 
 def cases(pattern: str = "*") -> list[Case]:

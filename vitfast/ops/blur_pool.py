@@ -110,21 +110,24 @@ def _is_constant(kernel: Tensor) -> bool:
 def _forward(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None, spec: Spec) -> Tensor:
     activation = ACTIVATIONS.index(spec.activation)
     taps, *values = kernel.to(torch.float64).contiguous(), *(_per_channel(v, x) for v in (scale, shift))
-    return torch.ops.vitfast.blur_pool2d(_dense(x), taps, *spec.numbers, *values, activation, spec.temperature)
+    return _call(
+        torch.ops.vitfast.blur_pool2d.default, _dense(x), taps, *spec.numbers, *values, activation, spec.temperature
+    )
 
 
 def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
     """The blur's transpose of ``grad``: (B, C, *size)."""
     taps = kernel.to(torch.float64).contiguous()
     arguments = (_dense(grad), None, taps, list(size), *spec.numbers, None, None, 0, 1.0)
-    return torch.ops.vitfast.blur_pool2d_backward(*arguments)[0]
+    return _call(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
 
 
 def _backward(grad, x, kernel, scale, shift, spec) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, scale and shift through the prologue."""
     x = _dense(x)
     taps, *values = kernel.to(torch.float64).contiguous(), *(_per_channel(v, x) for v in (scale, shift))
-    grad_x, grad_scale, grad_shift = torch.ops.vitfast.blur_pool2d_backward(
+    grad_x, grad_scale, grad_shift = _call(
+        torch.ops.vitfast.blur_pool2d_backward.default,
         grad.contiguous(memory_format=_memory_format(x)),
         x,
         taps,
@@ -139,6 +142,14 @@ def _backward(grad, x, kernel, scale, shift, spec) -> tuple[Tensor, Tensor | Non
         None if scale is None else grad_scale.to(scale.dtype),
         None if shift is None else grad_shift.to(shift.dtype),
     )
+
+
+def _call(operator, *arguments):
+    """The operator; in eager mode without its registered rules of autograd, which take as long as a small kernel."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
