@@ -191,27 +191,31 @@ struct Gathers {
 
 // ---- across the vector ----------------------------------------------------------------------------------------------
 
-// Calls put(j, weighted sum of rows at j) for every vector of [0, length).
+// Calls put(j, weighted sum of rows at j, lanes that count) for every vector of [0, length).
 template <class T, int kTaps, class Put>
 inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Put put) {
   const T* row[kTaps];
   Vec<T> weight[kTaps];
 #pragma GCC unroll 4
   for (int t = 0; t < kTaps; ++t) row[t] = rows[t], weight[t] = broadcast(weights[t]);
-  for (int64_t j = 0; j < length; j += kLanes<T>) {
-    Vec<T> sum = weight[0] * load_up_to(row[0] + j, length - j);
+  const auto sum_at = [&](auto load_at) {
+    Vec<T> sum = weight[0] * load_at(row[0]);
 #pragma GCC unroll 4
-    for (int t = 1; t < kTaps; ++t) sum = sum + weight[t] * load_up_to(row[t] + j, length - j);
-    put(j, sum);
+    for (int t = 1; t < kTaps; ++t) sum = sum + weight[t] * load_at(row[t]);
+    return sum;
+  };
+  const int64_t whole = length / kLanes<T> * kLanes<T>;
+  for (int64_t j = 0; j < whole; j += kLanes<T>) {
+    put(j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
+  }
+  if (whole < length) {
+    put(whole, sum_at([&](const T* p) { return load_partial(p + whole, length - whole); }), length - whole);
   }
 }
 
 template <class T, class Put>
 inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Put put) {
   switch (taps) {
-    case 0:  // nothing but zeros of the margin
-      for (int64_t j = 0; j < length; j += kLanes<T>) put(j, Vec<T>{});
-      return;
     case 1:
       return combine_taps<T, 1>(rows, weights, length, put);
     case 2:
@@ -220,11 +224,11 @@ inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_
       return combine_taps<T, 3>(rows, weights, length, put);
     case 4:
       return combine_taps<T, 4>(rows, weights, length, put);
-    default:
+    default:  // none, where there is nothing but zeros of the margin, or many
       for (int64_t j = 0; j < length; j += kLanes<T>) {
         Vec<T> sum{};
         for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + j, length - j);
-        put(j, sum);
+        put(j, sum, std::min<int64_t>(length - j, kLanes<T>));
       }
   }
 }
@@ -426,16 +430,17 @@ class BlurWorker {
 
   // Pixels that are weighted sums of a row's pixels, which lie `step` apart.
   void blur_pixels(const T* from, int64_t step, const BlurMatrix& matrix, T* to) {
-    const int64_t pixel = round_up(channels_);
-    for (int64_t o = 0; o < call_.out_width; ++o) {
-      const int64_t begin = matrix.begin[o], taps = matrix.begin[o + 1] - begin;
+    const int64_t pixel = round_up(channels_), outputs = call_.out_width;
+    const int64_t* begin = matrix.begin.data();
+    for (int64_t o = 0; o < outputs; ++o) {
+      const BlurTap* tap = matrix.taps.data() + begin[o];
+      const int64_t taps = begin[o + 1] - begin[o];
       for (int64_t t = 0; t < taps; ++t) {
-        const BlurTap& tap = matrix.taps[begin + t];
-        pixels_[t] = from + tap.from * step;
-        pixel_weights_[t] = static_cast<T>(tap.weight);
+        pixels_[t] = from + tap[t].from * step;
+        pixel_weights_[t] = static_cast<T>(tap[t].weight);
       }
       T* at = to + o * pixel;
-      combine(pixels_, pixel_weights_, taps, channels_, [&](int64_t c, Vec<T> sum) { store(at + c, sum); });
+      combine(pixels_, pixel_weights_, taps, channels_, [=](int64_t c, Vec<T> sum, int64_t) { store(at + c, sum); });
     }
   }
 
@@ -459,7 +464,7 @@ class BlurWorker {
     for_each_run(row, false, [&](int64_t offset, int64_t at, int64_t length) {
       S* to = static_cast<S*>(call_.out) + at;
       combine(sources_at(offset, taps), weights_, taps, length,
-              [&](int64_t j, Vec<T> sum) { store_as_storage_up_to(to + j, sum, length - j); });
+              [=](int64_t j, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(to + j, sum, lanes); });
     });
   }
 
@@ -471,12 +476,12 @@ class BlurWorker {
       for_each_run(row, true, [&](int64_t offset, int64_t at, int64_t length) {
         const S* primal = static_cast<const S*>(call_.primal) + at;
         S* to = static_cast<S*>(call_.out) + at;
-        combine(sources_at(offset, taps), weights_, taps, length, [&](int64_t j, Vec<T> g) {
-          const Vec<T> x = load_as_compute_up_to(primal + j, length - j);
+        combine(sources_at(offset, taps), weights_, taps, length, [&](int64_t j, Vec<T> g, int64_t lanes) {
+          const Vec<T> x = load_as_compute_up_to(primal + j, lanes);
           const Vec<T> scale = channel_values(call_.prologue.scale, T{1}, j);
           const Vec<T> z = x * scale + channel_values(call_.prologue.shift, T{0}, j);
           const Vec<T> dz = activate_backward<T, activation()>(z, g, temperature);
-          store_as_storage_up_to(to + j, dz * scale, length - j);
+          store_as_storage_up_to(to + j, dz * scale, lanes);
           if (call_.channels_last) {
             store(row_scale_sum_ + j, load(row_scale_sum_ + j) + dz * x);
             store(row_shift_sum_ + j, load(row_shift_sum_ + j) + dz);
