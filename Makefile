@@ -75,6 +75,11 @@ bench: .venv/.installed ## every operator against PyTorch on this CPU; raw figur
 	@mkdir -p $(RESULTS)
 	$(BIN)/vitfast bench --json $(RESULTS)/cpu.json
 
+.PHONY: bench-models
+bench-models: .venv/.installed ## models of timm, torchvision and transformers before and after vitfast.accelerate
+	@mkdir -p $(RESULTS)
+	$(BIN)/vitfast bench models --json $(RESULTS)/cpu_models.json
+
 .PHONY: lint
 lint: .venv/.installed ## ruff: rules and format
 	$(BIN)/ruff check .
