@@ -1,7 +1,8 @@
-"""vitfast: fused attention for vision models in PyTorch."""
+"""vitfast: fused attention and blur pooling for vision models in PyTorch."""
 
 from vitfast import functional, nn
 from vitfast._version import __version__
+from vitfast.analysis import predict
 from vitfast.models import accelerate, create_model, list_models, load_weights, restore
 from vitfast.ops._extension import ExtensionError
 from vitfast.ops.backend import BackendError, backend
@@ -17,5 +18,6 @@ __all__ = [
     "list_models",
     "load_weights",
     "nn",
+    "predict",
     "restore",
 ]

@@ -19,7 +19,7 @@ class Golden:
 
     @functools.cached_property
     def facts(self) -> dict[str, dict]:
-        """Model name -> params, input, state."""
+        """Model name -> params, input, aliases, state."""
         with gzip.open(DATA / "hdvw_models.json.gz") as file:
             return json.load(file)
 

@@ -1,5 +1,14 @@
 """What a trained model does, measured."""
 
-from vitfast.analysis import attention, calibration
+from vitfast.analysis import attention, calibration, ensemble
+from vitfast.analysis.ensemble import TemporalSmoothing, predict, sample_predictions, temporal_smoothing
 
-__all__ = ["attention", "calibration"]
+__all__ = [
+    "TemporalSmoothing",
+    "attention",
+    "calibration",
+    "ensemble",
+    "predict",
+    "sample_predictions",
+    "temporal_smoothing",
+]

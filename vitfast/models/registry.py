@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,31 @@ class _Entry:
 _models: dict[str, _Entry] = {}
 
 
-def register(name: str, model: Callable[..., nn.Module], *, weights: str | None = None, **defaults: Any) -> None:
+def register(
+    name: str,
+    model: Callable[..., nn.Module],
+    *,
+    aliases: Iterable[str] = (),
+    weights: str | None = None,
+    **defaults: Any,
+) -> None:
     """Makes a model known by name.
 
     Args:
         name: for `create_model`.
         model: a class or function that takes ``num_classes`` and its options by keyword and returns the model.
+        aliases: other names for it.
         weights: what ``pretrained=True`` stands for, a source of `vitfast.load_weights`; None if there are none.
         defaults: the options that make the difference between this name and others; users may override them.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: a name is taken.
     """
-    if name in _models:
-        raise ValueError(f"there is already a model {name!r}; register the new one by another name")
-    _models[name] = _Entry(model, defaults, weights)
+    names = [name, *aliases]
+    for each in names:
+        if each in _models:
+            raise ValueError(f"there is already a model {each!r}; register the new one by another name")
+    _models.update(dict.fromkeys(names, _Entry(model, defaults, weights)))
 
 
 def create_model(

@@ -9,20 +9,28 @@ expansion is 1 for two 3 x 3 convolutions, and 4 for a bottleneck of 1 x 1, 3 x 
 - pre-activation (He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016): x -> shortcut(x) + F(a),
   a = relu(norm(x)), where F ends with a convolution. Where the shape changes, the shortcut takes a instead of x.
 
+Two options change what a network computes, and not its parameters: `vitfast.nn.MCDropout` before the last convolution
+of each branch, and smoothing (`vitfast.nn.Smoothing2d`) after the stages.
+
 The state-dict keys are those of the models of Park & Kim, "How Do Vision Transformers Work?", ICLR 2022.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitfast.nn import MCDropout
 from vitfast.nn._checks import is_integer, positive_integer
 
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(in_channels, channels, stride) -> a block, which has an attribute ``out_channels``."""
+
+MakeSmoothing = Callable[[int], nn.Module]
+"""channels -> a module from maps of that many channels to maps of as many."""
 
 
 def expansion(bottleneck: bool) -> int:
@@ -33,7 +41,7 @@ def expansion(bottleneck: bool) -> int:
 class PostActivationBlock(nn.Module):
     """x -> relu(shortcut(x) + F(x)); F normalises after each convolution."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, *, bottleneck: bool):
+    def __init__(self, in_channels: int, channels: int, stride: int, *, bottleneck: bool, mc_dropout: float = 0.0):
         super().__init__()
         *convolutions, last = _convolutions(in_channels, channels, stride, bottleneck)
         self.out_channels = last.out_channels
@@ -42,7 +50,7 @@ class PostActivationBlock(nn.Module):
             self.shortcut.append(_convolution(in_channels, self.out_channels, 1, stride))
             self.shortcut.append(nn.BatchNorm2d(self.out_channels))
         branch = [nn.Sequential(c, nn.BatchNorm2d(c.out_channels), nn.ReLU()) for c in convolutions]
-        branch.append(nn.Sequential(last, nn.BatchNorm2d(last.out_channels)))
+        branch.append(_after_dropout(mc_dropout, last, nn.BatchNorm2d(last.out_channels)))
         self.conv1, self.conv2, self.conv3 = branch if bottleneck else (*branch, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,17 +58,32 @@ class PostActivationBlock(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """x -> shortcut(x) + F(relu(bn(x))); F normalises before each convolution."""
+    """x -> shortcut(x) + F(relu(bn(x))); F normalises before each convolution.
 
-    def __init__(self, in_channels: int, channels: int, stride: int, *, bottleneck: bool):
+    ``normalize_shortcut`` adds a normalisation to the shortcut's convolution, which in some of the authors' models is.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        *,
+        bottleneck: bool,
+        mc_dropout: float = 0.0,
+        normalize_shortcut: bool = False,
+    ):
         super().__init__()
-        first, *convolutions = _convolutions(in_channels, channels, stride, bottleneck)
-        self.out_channels = convolutions[-1].out_channels
+        first, *inner, last = _convolutions(in_channels, channels, stride, bottleneck)
+        self.out_channels = last.out_channels
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != self.out_channels:
             self.shortcut.append(_convolution(in_channels, self.out_channels, 1, stride))
+            if normalize_shortcut:
+                self.shortcut.append(nn.BatchNorm2d(self.out_channels))
         self.bn = nn.BatchNorm2d(in_channels)
-        branch = [first, *(nn.Sequential(nn.BatchNorm2d(c.in_channels), nn.ReLU(), c) for c in convolutions)]
+        branch = [first, *(nn.Sequential(nn.BatchNorm2d(c.in_channels), nn.ReLU(), c) for c in inner)]
+        branch.append(_after_dropout(mc_dropout, nn.BatchNorm2d(last.in_channels), nn.ReLU(), last))
         self.conv1, self.conv2, self.conv3 = branch if bottleneck else (*branch, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +101,12 @@ def _convolutions(in_channels: int, channels: int, stride: int, bottleneck: bool
             _convolution(channels, expansion(bottleneck) * channels, 1),
         ]
     return [_convolution(in_channels, channels, 3, stride), _convolution(channels, channels, 3)]
+
+
+def _after_dropout(rate: float, *layers: nn.Module) -> nn.Sequential:
+    """The layers in a row, after dropout if there is any; their state-dict keys are the same with and without it."""
+    named = [(str(i), layer) for i, layer in enumerate(layers)]
+    return nn.Sequential(OrderedDict([("dropout", MCDropout(rate)), *named] if rate else named))
 
 
 def _convolution(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -123,7 +152,7 @@ class Classifier(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """A stem, four stages of blocks and a classifier: (B, in_channels, H, W) -> (B, num_classes).
+    """A stem, four stages of blocks, smoothed or not, and a classifier: (B, in_channels, H, W) -> (B, num_classes).
 
     Args:
         stages: for each of the four stages, how to make its blocks.
@@ -133,6 +162,8 @@ class ResidualNetwork(nn.Module):
         in_channels: channels of the images.
         width: channels of the first stage.
         stem: True for ImageNet's stem, which shrinks images by 4; False for one that keeps their size.
+        smoothing: how to make what smooths the output of a stage.
+        num_smoothings: how often, after each of the four stages.
     """
 
     def __init__(
@@ -145,6 +176,8 @@ class ResidualNetwork(nn.Module):
         in_channels: int,
         width: int,
         stem: bool,
+        smoothing: MakeSmoothing = nn.Identity,
+        num_smoothings: Sequence[int] = (0, 0, 0, 0),
     ):
         super().__init__()
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
@@ -157,16 +190,20 @@ class ResidualNetwork(nn.Module):
         self.layer2 = make_stage(stages[1], widened[0], channels[1], stride=2)
         self.layer3 = make_stage(stages[2], widened[1], channels[2], stride=2)
         self.layer4 = make_stage(stages[3], widened[2], channels[3], stride=2)
+        self.smooth1, self.smooth2, self.smooth3, self.smooth4 = (
+            nn.Sequential(*(smoothing(c) for _ in range(count)))
+            for c, count in zip(widened, num_smoothings, strict=True)
+        )
         self.classifier = nn.Sequential(Classifier(widened[3], num_classes, preactivation=preactivation))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"images must have the shape (B, {self.in_channels}, H, W); got {tuple(x.shape)}")
         x = self.layer0(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
+        x = self.smooth1(self.layer1(x))
+        x = self.smooth2(self.layer2(x))
+        x = self.smooth3(self.layer3(x))
+        x = self.smooth4(self.layer4(x))
         return self.classifier(x)
 
 

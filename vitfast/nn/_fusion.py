@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitfast import functional
@@ -39,3 +40,18 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     """fc2(gelu(fc1(x))) by the fused function."""
     return functional.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+def folds(norm: nn.Module) -> bool:
+    """Whether a module is a batch normalisation that is one scale and shift per channel now, and nobody looks at it."""
+    return type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None and not has_hooks(norm)
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """scale and shift of norm(x) = scale * x + shift, each (C,), of a norm that `folds`; float32 at least."""
+    wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.to(wide)
+    shift = -norm.running_mean.to(wide) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(wide)

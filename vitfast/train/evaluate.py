@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitfast.analysis import calibration
+from vitfast.analysis import calibration, ensemble
 from vitfast.train.data import ImageData, Split, batches
 
 __all__ = ["Evaluation", "evaluate", "predict"]
@@ -15,9 +15,10 @@ __all__ = ["Evaluation", "evaluate", "predict"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions for a split: ``logits`` (n, classes) and ``labels`` (n,) on the CPU, and what can be said about them.
+    """Predictions for a split, and what can be said about them.
 
-    The measures and their 95 % intervals are those of `vitfast.analysis.calibration`.
+    ``logits`` (n, classes), here logarithms of probabilities, and ``labels`` (n,) are on the CPU. The measures and their 95 %
+    intervals are those of `vitfast.analysis.calibration`.
     """
 
     logits: Tensor
@@ -52,18 +53,17 @@ class Evaluation:
         return calibration.reliability_diagram(self.logits, self.labels)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256) -> Tensor:
-    """The logits (n, classes), on the CPU, of a model in evaluation mode; its mode is restored afterwards."""
+def predict(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256, samples: int = 1) -> Tensor:
+    """Logarithms of the class probabilities (n, classes), on the CPU: `vitfast.predict` for all images of a split."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        return torch.cat([model(images.to(device)).cpu() for images, _ in batches(data, split, batch_size)])
-    finally:
-        model.train(training)
+    return torch.cat(
+        [
+            ensemble.predict(model, images.to(device), samples, logarithm=True).cpu()
+            for images, _ in batches(data, split, batch_size)
+        ]
+    )
 
 
-def evaluate(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256) -> Evaluation:
+def evaluate(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256, samples: int = 1) -> Evaluation:
     """`predict` together with the labels."""
-    return Evaluation(predict(model, data, split, batch_size=batch_size), split.labels)
+    return Evaluation(predict(model, data, split, batch_size=batch_size, samples=samples), split.labels)
