@@ -33,6 +33,7 @@ PRESET = dataclasses.replace(
     recipe=Recipe(epochs=2, batch_size=16, lr=5e-3),
     alternet=study.PRESETS["quick"].alternet | {"width": 4},
     resnet=study.PRESETS["quick"].resnet | {"width": 4},
+    smoothed=study.PRESETS["quick"].smoothed | {"width": 4},
     image_size=16,
     timing_rounds=2,
 )
@@ -56,9 +57,9 @@ def written(result, tmp_path_factory):
 # ---- the study -------------------------------------------------------------------------------------------------------
 
 
-def test_both_models_are_trained_on_the_same_images(result, heard):
+def test_all_models_are_trained_on_the_same_images(result, heard):
     assert (len(result.data.train), len(result.data.held_out)) == (64, 16)
-    for model in (result.alternet, result.resnet):
+    for model in result.models.values():
         assert [log.epoch for log in model.logs] == [1, 2]
         assert model.logs[-1].train_loss < model.logs[0].train_loss
         assert model.held_out.labels.equal(result.data.held_out.labels)
@@ -66,7 +67,7 @@ def test_both_models_are_trained_on_the_same_images(result, heard):
         assert not model.model.training
     said = "\n".join(heard)
     assert "64 images to train on, 16 held out, 3x16x16, 2 classes" in said
-    assert said.count("epoch   2/2") == 2
+    assert said.count("epoch   2/2") == 3
 
 
 def test_alternet_has_the_attention_and_the_resnet_has_none(result):
@@ -77,6 +78,25 @@ def test_alternet_has_the_attention_and_the_resnet_has_none(result):
     assert not any(isinstance(m, LocalAttention2d) for m in result.resnet.model.modules())
     assert [view.map_size for view in result.attention] == [(8, 8), (4, 4), (2, 2)]
     assert [len(view.distance) for view in result.attention] == [6, 12, 24]
+
+
+def test_smoothed_resnet_is_the_resnet_with_smoothing(result):
+    from vitfast.nn import Smoothing2d
+
+    smoothings = [m for m in result.smoothed.model.modules() if isinstance(m, Smoothing2d)]
+    assert len(smoothings) == 4
+    assert result.smoothed.parameters == result.resnet.parameters
+    assert not any(isinstance(m, Smoothing2d) for m in result.resnet.model.modules())
+
+
+def test_noise_is_measured(result):
+    for model in result.models.values():
+        assert list(model.noisy) == list(study.NOISE)
+        assert not model.noisy[0.25].logits.equal(model.held_out.logits)
+        assert model.noisy[0.25].labels.equal(model.held_out.labels)
+    numbers = result.summary()["models"]["smoothed"]["with_noise"]
+    weakest = result.smoothed.noisy[0.05]
+    assert numbers[0] == {"deviation": 0.05, "accuracy": weakest.accuracy, "nll": weakest.nll}
 
 
 def test_steps_are_timed_and_agree(result):
@@ -136,7 +156,7 @@ def test_presets_name_models_that_exist():
     from vitfast import create_model
 
     for preset in study.PRESETS.values():
-        for options in (preset.alternet, preset.resnet):
+        for options in (preset.alternet, preset.resnet, preset.smoothed):
             with torch.device("meta"):
                 create_model(num_classes=10, in_channels=1, **options)
 
@@ -194,9 +214,9 @@ def test_the_page_needs_nothing_else(page, written):
 
 
 def test_the_page_has_every_figure_with_a_description(page):
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 10
     labels = page.values("aria-label")
-    assert len(labels) == 8
+    assert len(labels) == 10
     assert all(labels)
 
 
@@ -210,10 +230,10 @@ def test_identifiers_are_unique_and_references_lead_somewhere(page, written):
 
 
 def test_colours_follow_the_page(written):
-    from vitfast.train.figures import FIRST, GRID, INK, MUTED, SECOND
+    from vitfast.train.figures import FIRST, GRID, INK, MUTED, SECOND, THIRD
 
     text = written.read_text(encoding="utf-8")
-    assert not [colour for colour in (INK, MUTED, GRID, FIRST, SECOND) if colour in text]
+    assert not [colour for colour in (INK, MUTED, GRID, FIRST, SECOND, THIRD) if colour in text]
     defined = re.findall(r"(--\w+): #", text[: text.index("</style>")])
     assert set(re.findall(r"var\((--\w+)\)", text)) == set(defined)
     assert all(defined.count(name) == 2 for name in defined)  # once for a light page, once for a dark one
@@ -221,7 +241,7 @@ def test_colours_follow_the_page(written):
 
 
 def test_the_page_tells_the_numbers(page, result):
-    for model in (result.alternet, result.resnet):
+    for model in result.models.values():
         assert f"{100 * model.held_out.accuracy:.1f} %" in page.text
         assert f"{model.held_out.nll:.3f} " in page.text
     assert f"{result.step_ratio:.2f} x" in page.text

@@ -1,6 +1,6 @@
 """What a trained model does, measured."""
 
-from vitfast.analysis import attention, calibration, ensemble
+from vitfast.analysis import attention, calibration, ensemble, robustness
 from vitfast.analysis.ensemble import TemporalSmoothing, predict, sample_predictions, temporal_smoothing
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "calibration",
     "ensemble",
     "predict",
+    "robustness",
     "sample_predictions",
     "temporal_smoothing",
 ]

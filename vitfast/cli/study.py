@@ -18,9 +18,10 @@ def add_parser(subparsers) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "study",
-        help="train AlterNet and the ResNet it comes from on real images, and write a report",
-        description="Train AlterNet and the ResNet it comes from on the same images; measure accuracy, calibration and "
-        "the time of a training step with fused kernels and in plain PyTorch; write index.html and results.json.",
+        help="train a ResNet, a smoothed ResNet and AlterNet on real images, and write a report",
+        description="Train AlterNet, the ResNet it comes from and that ResNet with spatial smoothing on the same "
+        "images; measure accuracy, calibration, robustness to noise and the time of a training step with fused kernels "
+        "and in plain PyTorch; write index.html and results.json.",
     )
     parser.add_argument(
         "--preset",
@@ -43,7 +44,7 @@ def add_parser(subparsers) -> None:
     size.add_argument("--epochs", type=_integer(1), metavar="N")
     size.add_argument("--batch-size", type=_integer(2), metavar="N", help="images of a training step")
     size.add_argument("--lr", type=_positive_number, metavar="RATE", help="the largest learning rate")
-    size.add_argument("--width", type=_integer(1), metavar="N", help="channels of the first stage of both models")
+    size.add_argument("--width", type=_integer(1), metavar="N", help="channels of the first stage of all models")
     size.add_argument("--image-size", type=_integer(8), metavar="N", help="pixels of a side, for digits and folders")
     size.add_argument("--max-train", type=_integer(2), metavar="N", help="train on at most so many images")
     parser.set_defaults(func=run)
@@ -90,17 +91,19 @@ def _preset(arguments: argparse.Namespace, preset):
         ),
         alternet=preset.alternet | given(width=arguments.width),
         resnet=preset.resnet | given(width=arguments.width),
+        smoothed=preset.smoothed | given(width=arguments.width),
         **given(image_size=arguments.image_size, max_train=arguments.max_train),
     )
 
 
 def _lines(result) -> list[str]:
-    lines = [f"{'held-out images':18}{'accuracy':>10}{'NLL':>9}{'ECE':>9}"]
-    for model in (result.alternet, result.resnet):
+    strongest = max(result.resnet.noisy)
+    lines = [f"{'held-out images':18}{'accuracy':>10}{'NLL':>9}{'ECE':>9}{f'accuracy, noise {strongest}':>24}"]
+    for model in result.models.values():
         held_out = model.held_out
         lines.append(
             f"{model.title:18}{100 * held_out.accuracy:8.1f} %{held_out.nll:9.3f}"
-            f"{100 * held_out.expected_calibration_error:7.1f} %"
+            f"{100 * held_out.expected_calibration_error:7.1f} %{100 * model.noisy[strongest].accuracy:22.1f} %"
         )
     medians = {name: 1e3 * seconds for name, seconds in result.step_medians.items()}
     return [

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vitfast.analysis import calibration, ensemble
+from vitfast.analysis import calibration, ensemble, robustness
 from vitfast.train.data import ImageData, Split, batches
 
-__all__ = ["Evaluation", "evaluate", "predict"]
+__all__ = ["Evaluation", "evaluate", "evaluate_noisy", "predict"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Predictions for a split, and what can be said about them.
 
-    ``logits`` (n, classes), here logarithms of probabilities, and ``labels`` (n,) are on the CPU. The measures and their 95 %
-    intervals are those of `vitfast.analysis.calibration`.
+    ``logits`` (n, classes), here logarithms of probabilities, and ``labels`` (n,) are on the CPU. The measures and
+    their 95 % intervals are those of `vitfast.analysis.calibration`.
     """
 
     logits: Tensor
@@ -67,3 +68,12 @@ def predict(model: nn.Module, data: ImageData, split: Split, *, batch_size: int 
 def evaluate(model: nn.Module, data: ImageData, split: Split, *, batch_size: int = 256, samples: int = 1) -> Evaluation:
     """`predict` together with the labels."""
     return Evaluation(predict(model, data, split, batch_size=batch_size, samples=samples), split.labels)
+
+
+def evaluate_noisy(
+    model: nn.Module, data: ImageData, split: Split, deviation: float, *, seed: int = 0, batch_size: int = 256
+) -> Evaluation:
+    """`evaluate` on images with `gaussian_noise`, the same for every model of the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy = robustness.gaussian_noise(split.images.float() / 255, deviation, generator)
+    return evaluate(model, data, dataclasses.replace(split, images=255 * noisy), batch_size=batch_size)

@@ -1,7 +1,8 @@
 """The figures of the study's report, as SVG elements to put inside a page.
 
 Colours are written as placeholders and become the page's CSS variables (``--ink``, ``--muted``, ``--grid``,
-``--first``, ``--second``), so that one figure serves a light and a dark page; text stays text, in the page's own font.
+``--first``, ``--second``, ``--third``), so that one figure serves a light and a dark page; text stays text, in the
+page's own font.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from torch import Tensor
 
 from vitfast.analysis.calibration import ReliabilityDiagram
 from vitfast.train.attention_view import AttentionView
+from vitfast.train.evaluate import Evaluation
 from vitfast.train.loop import EpochLog
 
 __all__ = [
     "FIRST",
     "MUTED",
     "SECOND",
+    "THIRD",
     "accuracy_curves",
     "attention_by_offset",
     "attention_distances",
     "attention_on_images",
     "loss_curves",
+    "noise_curves",
     "reliability",
     "step_bars",
 ]
 
-INK, MUTED, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FIRST: "--first", SECOND: "--second"}
+INK, MUTED, GRID, FIRST, SECOND, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FIRST: "--first", SECOND: "--second", THIRD: "--third"}
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vitfast",  # the same figure has the same identifiers in every run
@@ -101,6 +105,36 @@ def loss_curves(name: str, curves: Curves) -> str:
 
     title = "Loss over the epochs: " + "; ".join(
         f"{title} ends at {logs[-1].held_out_nll:.3f} nats on held-out images" for title, _, logs in curves
+    )
+    return _svg(name, title, draw)
+
+
+def noise_curves(name: str, curves: Sequence[tuple[str, str, dict[float, Evaluation]]]) -> str:
+    """Accuracy in % against the standard deviation of noise, with 95 % intervals; ``curves`` as in `accuracy_curves`,
+    with the evaluations by deviation in place of the logs."""
+
+    def draw(figure):
+        axes = figure.subplots()
+        for title, colour, evaluations in curves:
+            deviations = list(evaluations)
+            axes.plot(
+                deviations,
+                [100 * e.accuracy for e in evaluations.values()],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=title,
+            )
+            low, high = zip(*(e.accuracy_interval for e in evaluations.values()), strict=True)
+            axes.fill_between(
+                deviations, [100 * a for a in low], [100 * a for a in high], color=colour, alpha=0.15, linewidth=0
+            )
+        axes.set(xlabel="standard deviation of the noise", ylabel="accuracy (%)", ylim=(0, 101))
+        axes.legend()
+
+    title = "Accuracy on images with noise: " + "; ".join(
+        f"{title} {100 * evaluations[max(evaluations)].accuracy:.1f} % at deviation {max(evaluations)}"
+        for title, _, evaluations in curves
     )
     return _svg(name, title, draw)
 

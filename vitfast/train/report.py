@@ -31,10 +31,11 @@ def write(result: StudyResult, folder: str | Path) -> Path:
 def render(result: StudyResult) -> str:
     """The page as a string."""
     data, views = result.data, result.attention
-    curves = [
-        (result.alternet.title, figures.FIRST, result.alternet.logs),
-        (result.resnet.title, figures.SECOND, result.resnet.logs),
-    ]
+    models = result.models.values()
+    colours = {"alternet": figures.FIRST, "resnet": figures.SECOND, "smoothed": figures.THIRD}
+    coloured = [(model, colours[name]) for name, model in result.models.items()]
+    curves = [(model.title, colour, model.logs) for model, colour in coloured]
+    noisy = [(model.title, colour, {0.0: model.held_out} | model.noisy) for model, colour in coloured]
     shown = data.held_out.images[result.attention_images[:IMAGES_SHOWN]]
     channels, height, width = data.shape
     return _PAGE.substitute(
@@ -42,23 +43,23 @@ def render(result: StudyResult) -> str:
         data=escape(data.name),
         alternet=result.alternet.options["name"],
         resnet=result.resnet.options["name"],
+        smoothed=result.smoothed.options["name"],
         classes=len(data.classes),
         image=f"{height} x {width} pixels, {'grey' if channels == 1 else 'in colour'}",
         train_images=f"{len(data.train):,}",
         held_out_images=f"{len(data.held_out):,}",
         epochs=result.recipe.epochs,
         tiles=_tiles(result),
-        models="".join(_model_row(model) for model in (result.alternet, result.resnet)),
+        models="".join(_model_row(model) for model in models),
         only_alternet=result.only_right[0],
         only_resnet=result.only_right[1],
         accuracy_curves=figures.accuracy_curves("accuracy", curves),
         loss_curves=figures.loss_curves("loss", curves),
         reliability="".join(
             _figure(figures.reliability(f"reliability{i}", model.title, colour, model.held_out.reliability_diagram))
-            for i, (model, colour) in enumerate(
-                ((result.alternet, figures.FIRST), (result.resnet, figures.SECOND)), start=1
-            )
+            for i, (model, colour) in enumerate(coloured, start=1)
         ),
+        noise_curves=figures.noise_curves("noise", noisy),
         steps=_steps(result),
         attention_images=len(result.attention_images),
         on_images=figures.attention_on_images("images", shown, views),
@@ -75,8 +76,7 @@ def render(result: StudyResult) -> str:
 
 def _tiles(result: StudyResult) -> str:
     tiles = [
-        (f"{100 * model.held_out.accuracy:.1f} %", f"accuracy of {model.title}")
-        for model in (result.alternet, result.resnet)
+        (f"{100 * model.held_out.accuracy:.1f} %", f"accuracy of {model.title}") for model in result.models.values()
     ]
     tiles.append(
         (f"{result.step_ratio:.2f} x", "plain PyTorch's time for a training step of AlterNet, over the fused one's")
@@ -143,9 +143,9 @@ def _plain(value: object) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --muted: #59636e; --grid: #dfe3e8; --tile: #f4f6f8;
-  --first: #1f6fb4; --second: #c4601c; }
+  --first: #1f6fb4; --second: #c4601c; --third: #3d7d3a; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e4e8ec; --muted: #9aa5b1; --grid: #343c46;
-  --tile: #1e242b; --first: #64aef0; --second: #f09a58; } }
+  --tile: #1e242b; --first: #64aef0; --second: #f09a58; --third: #7cc576; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 66rem; padding: 2rem 1.2rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
@@ -189,11 +189,11 @@ _PAGE = Template(
 <style>$style</style>
 </head>
 <body>
-<h1>AlterNet and the ResNet it comes from, on $data</h1>
-<p>A ResNet (<code>$resnet</code>) and AlterNet (<code>$alternet</code>), which is that ResNet with attention in
-windows in place of the last block of its later stages, trained by one recipe for $epochs epochs on $train_images
-images ($classes classes, $image). Every measure of quality is taken on $held_out_images images held out from
-training.</p>
+<h1>AlterNet, the ResNet it comes from and a smoothed one, on $data</h1>
+<p>A ResNet (<code>$resnet</code>), AlterNet (<code>$alternet</code>), which is that ResNet with attention in windows in
+place of the last block of its later stages, and the ResNet with a blur after its stages (<code>$smoothed</code>),
+trained by one recipe for $epochs epochs on $train_images images ($classes classes, $image). Every measure of quality is
+taken on $held_out_images images held out from training.</p>
 <div class="tiles">$tiles</div>
 
 <h2>How good they are</h2>
@@ -203,7 +203,8 @@ $models
 </table></div>
 <p class="note">Small numbers are 95 % intervals over samples of as many held-out images; they say nothing of another
 training run with another seed. NLL is the mean negative log-likelihood, ECE the expected calibration error in 15
-bins. Only AlterNet classifies $only_alternet of the images correctly, only the ResNet $only_resnet.</p>
+bins. Of AlterNet and the ResNet, only AlterNet classifies
+$only_alternet of the images correctly, only the ResNet $only_resnet.</p>
 
 <h2>How they learned</h2>
 <div class="figures"><figure>$accuracy_curves</figure><figure>$loss_curves</figure></div>
@@ -214,6 +215,13 @@ one.</p>
 <p>Of the predictions a model makes with confidence 0.8, eight in ten should be right: bars on the dashed line. Bars
 above it are images where the model is too modest, bars below it where it is too sure of itself.</p>
 <div class="figures">$reliability</div>
+
+<h2>What noise does to them</h2>
+<p>White noise on the held-out images, the same for all models, none of which was trained with noise. A blur is a
+low-pass filter, and high frequencies are where noise differs most from images; whether that shows in a single training
+run is another question.</p>
+<figure>$noise_curves<figcaption>Accuracy against the standard deviation of the noise, where black is 0 and white is 1.
+Bands are 95 % intervals over samples of images.</figcaption></figure>
 
 <h2>How long a training step takes</h2>
 $steps
