@@ -135,7 +135,7 @@ on-gpu-bench: build-for-gpu
 		$(GPU_PYTHON) -m vitfast bench --device cuda --dtype bfloat16,float32 --json $(RESULTS)/cuda.json
 
 build-for-gpu:
-	$(PYTHON) $(call build_apart,gpu)
+	VITFAST_CUDA=1 $(PYTHON) $(call build_apart,gpu)
 
 # ---- cleaning up -----------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,17 @@
-"""Builds the extension module vitfast._C; everything else stands in pyproject.toml.
+"""Builds the extension module vitfast._C, and the CUDA kernels beside it; all else stands in pyproject.toml.
 
 Environment:
+    VITFAST_CUDA=1      also the library of CUDA kernels, by nvcc (see csrc/cuda/build.py)
+    VITFAST_CUDA_ARCHS  for which architectures, 80;90a;100 if not set
     VITFAST_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`)
     MAX_JOBS            compiler processes, passed on to ninja
 """
 
+import importlib.util
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pybind11
@@ -60,6 +64,28 @@ def compiler_version() -> str:
     return version.stdout.splitlines()[0]
 
 
+def load_cuda_build():
+    """The module csrc/cuda/build.py."""
+    spec = importlib.util.spec_from_file_location("vitfast_cuda_build", ROOT / "csrc" / "cuda" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+CUDA = load_cuda_build() if os.environ.get("VITFAST_CUDA") == "1" else None
+
+
+class Build(BuildExtension):
+    """The extension module, then the CUDA library beside it."""
+
+    def run(self):
+        super().run()
+        if CUDA is not None:
+            beside = Path(self.get_ext_fullpath("vitfast._C")).resolve().parent
+            CUDA.build(beside / "_cuda.so", CUDA.architectures(), TORCH_TARGET_VERSION)
+
+
 def define(name: str, text: str) -> str:
     return f"-D{name}={quoted(text)}"
 
@@ -68,6 +94,7 @@ COMPILE += [
     define("VITFAST_COMPILER", compiler_version()),
     define("VITFAST_FLAGS", " ".join(COMPILE)),
     define("VITFAST_TORCH_TARGET", "2.10"),
+    define("VITFAST_CUDA_ARCHITECTURES", ";".join(CUDA.architectures()) if CUDA else ""),
     # messages name source files, but not where they were compiled; after VITFAST_FLAGS, which would repeat it
     f"-ffile-prefix-map={ROOT}/=",
     f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/",
@@ -90,5 +117,5 @@ setup(
             extra_link_args=LINK,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -20,13 +21,21 @@ std::vector<std::string> names(const std::vector<InstructionSet>& sets) {
   return result;
 }
 
+// "80;90a" -> ["80", "90a"]
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ';');) parts.push_back(part);
+  return parts;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = VITFAST_COMPILER;
   info["flags"] = VITFAST_FLAGS;
   info["torch_target"] = VITFAST_TORCH_TARGET;
   info["instruction_sets"] = names(compiled_instruction_sets());
-  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda_architectures"] = split(VITFAST_CUDA_ARCHITECTURES);
   return info;
 }
 

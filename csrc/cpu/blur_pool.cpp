@@ -10,16 +10,15 @@
 #include <tuple>
 #include <vector>
 
+#include "blur_pool_maps.h"
 #include "cpu/dispatch.h"
 #include "operators.h"
 
 namespace vitfast {
 namespace {
 
-using cpu::BlurActivation;
 using cpu::BlurCall;
 using cpu::BlurMatrix;
-using cpu::BlurPadding;
 using cpu::BlurSteps;
 using cpu::BlurTap;
 using torch::headeronly::ScalarType;
@@ -28,10 +27,7 @@ const cpu::BlurKernels& kernels() {
   return cpu::kernels_for(cpu::avx512::blur_kernels, cpu::avx2::blur_kernels, cpu::baseline::blur_kernels);
 }
 
-void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::blur_pool2d: ", what); }
-
-// ---- the kernel as lines: one if it is an outer product
-// --------------------------------------------------------------
+// ---- the kernel as lines: one if it is an outer product ------------------------------------------------------------
 
 struct Lines {
   std::vector<double> rows;                  // the weight of each row of the kernel
@@ -65,8 +61,7 @@ Lines lines_of(const Tensor& kernel) {
   return lines;
 }
 
-// ---- padding and stride as matrices
-// ----------------------------------------------------------------------------------
+// ---- padding and stride as matrices --------------------------------------------------------------------------------
 
 struct Geometry {
   int64_t size, outputs, stride, before, after;
@@ -130,8 +125,7 @@ BlurMatrix transposed(const BlurMatrix& matrix, int64_t inputs) {
   return result;
 }
 
-// ---- the matrix for rows as steps
-// ------------------------------------------------------------------------------------
+// ---- the matrix for rows as steps ----------------------------------------------------------------------------------
 
 // `strip` outputs make a strip, `group` a group; `inputs` rows with `lines` lines each may be wanted.
 BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int64_t strip, int64_t group) {
@@ -184,8 +178,7 @@ BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int6
   return steps;
 }
 
-// ---- calls
-// -----------------------------------------------------------------------------------------------------------
+// ---- calls ---------------------------------------------------------------------------------------------------------
 
 struct Options {
   std::vector<int64_t> stride, padding;  // (rows, columns); (left, right, top, bottom)
@@ -193,18 +186,16 @@ struct Options {
 };
 
 Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before, int64_t after, int64_t mode) {
-  check(stride > 0 && before >= 0 && after >= 0 && 0 <= mode && mode <= 3, "stride, padding or padding_mode is wrong");
-  check(size > 0 && size + before + after >= taps, "the kernel is larger than the padded map");
-  return {size, (size + before + after - taps) / stride + 1, stride, before, after, static_cast<BlurPadding>(mode)};
+  const int64_t outputs = blur_outputs(size, taps, stride, before, after, mode);
+  return {size, outputs, stride, before, after, static_cast<BlurPadding>(mode)};
 }
 
 // The blur of a (batch, channels, height, width) map; without its tensors.
 BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel, const Options& options,
                  bool channels_last, bool transpose) {
-  check(kernel.dim() == 2 && kernel.size(0) > 0 && kernel.size(1) > 0 && kernel.size(0) <= 7 && kernel.size(1) <= 7 &&
-            kernel.scalar_type() == ScalarType::Double && kernel.is_contiguous(),
-        "kernel must be a float64 matrix of 1 to 7 taps each way");
-  check(options.stride.size() == 2 && options.padding.size() == 4, "stride takes 2 numbers, padding 4");
+  check_blur_kernel(kernel);
+  check_blur(kernel.scalar_type() == ScalarType::Double, "kernel must be float64");
+  check_blur(options.stride.size() == 2 && options.padding.size() == 4, "stride takes 2 numbers, padding 4");
   const auto& [stride, padding, mode] = options;
   const Geometry rows = geometry_of(height, kernel.size(0), stride[0], padding[2], padding[3], mode);
   const Geometry columns = geometry_of(width, kernel.size(1), stride[1], padding[0], padding[1], mode);
@@ -238,43 +229,13 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   return call;
 }
 
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (const int dim : {1, 3, 2, 0}) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-    expected *= x.size(dim);
-  }
-  return true;
-}
-
-void check_map(const Tensor& x, bool channels_last) {
-  check(x.dim() == 4, "a map must be (B, C, H, W)");
-  const bool either = x.size(1) == 1 || x.size(2) * x.size(3) == 1;
-  check(channels_last ? is_channels_last(x) || (x.is_contiguous() && either) : x.is_contiguous(),
-        "maps must be contiguous or channels_last, and all alike");
-}
-
-// A (B, C, H, W) tensor, in memory as (B, H, W, C) if it is to be channels_last.
-Tensor new_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
-  const int64_t batch = like.size(0), channels = like.size(1);
-  if (!channels_last) return torch::stable::new_empty(like, {batch, channels, height, width});
-  const Tensor pixels = torch::stable::new_empty(like, {batch, height, width, channels});
-  return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2);
-}
-
 void set_prologue(BlurCall& call, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                   int64_t activation, double temperature, ScalarType dtype) {
-  check(0 <= activation && activation <= 3, "activation is unknown");
+  check_blur(0 <= activation && activation <= 3, "activation is unknown");
   call.prologue.activation = static_cast<BlurActivation>(activation);
   call.prologue.temperature = temperature;
-  for (const auto& [values, to] : {std::pair{&scale, &call.prologue.scale}, std::pair{&shift, &call.prologue.shift}}) {
-    if (!values->has_value()) continue;
-    check((*values)->dim() == 1 && (*values)->size(0) == call.channels && (*values)->is_contiguous() &&
-              (*values)->scalar_type() == cpu::compute_dtype(dtype),
-          "scale and shift must be (C,), contiguous, in the dtype that is computed in");
-    *to = (*values)->data_ptr();
-  }
+  call.prologue.scale = per_channel(scale, call.channels, cpu::compute_dtype(dtype));
+  call.prologue.shift = per_channel(shift, call.channels, cpu::compute_dtype(dtype));
 }
 
 bool empty(const Tensor& x) { return x.numel() == 0; }
@@ -284,7 +245,7 @@ bool empty(const Tensor& x) { return x.numel() == 0; }
 Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                        int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
                        int64_t activation, double temperature) {
-  const bool channels_last = x.dim() == 4 && is_channels_last(x);
+  const bool channels_last = is_channels_last(x);
   check_map(x, channels_last);
   BlurCall call = call_of(x, x.size(2), x.size(3), kernel, {stride, padding, padding_mode}, channels_last, false);
   set_prologue(call, scale, shift, activation, temperature, x.scalar_type());
@@ -301,25 +262,25 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
                                                             std::optional<Tensor> scale, std::optional<Tensor> shift,
                                                             int64_t activation, double temperature) {
   const Tensor& leading = x.has_value() ? *x : grad;
-  const bool channels_last = leading.dim() == 4 && is_channels_last(leading);
+  const bool channels_last = is_channels_last(leading);
   check_map(grad, channels_last);
-  check(size.size() == 2, "size must be the height and width of x");
+  check_blur(size.size() == 2, "size must be the height and width of x");
   BlurCall call = call_of(grad, size[0], size[1], kernel, {stride, padding, padding_mode}, channels_last, true);
-  check(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
+  check_blur(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
   set_prologue(call, scale, shift, activation, temperature, grad.scalar_type());
   const Tensor grad_x = new_map(grad, size[0], size[1], channels_last);
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();
   Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);
-  check(x.has_value() == call.prologue.any(), "x is needed with a prologue, and only then");
+  check_blur(x.has_value() == call.prologue.any(), "x is needed with a prologue, and only then");
   if (!x.has_value()) {
     if (!empty(grad_x)) kernels().run(call);
     return {grad_x, none, none};
   }
   check_map(*x, channels_last);
-  check(x->scalar_type() == grad.scalar_type() && x->size(0) == grad.size(0) && x->size(1) == grad.size(1) &&
-            x->size(2) == size[0] && x->size(3) == size[1],
-        "x must have the dtype of grad, and its own size");
+  check_blur(x->scalar_type() == grad.scalar_type() && x->size(0) == grad.size(0) && x->size(1) == grad.size(1) &&
+                 x->size(2) == size[0] && x->size(3) == size[1],
+             "x must have the dtype of grad, and its own size");
   Tensor partial = torch::stable::new_empty(grad, {2, call.parts(), call.channels}, ScalarType::Double);
   Tensor sums = torch::stable::new_empty(grad, {2, call.channels}, ScalarType::Double);
   call.primal = x->data_ptr();

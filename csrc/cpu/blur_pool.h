@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "blur_pool_options.h"
 #include "cpu/storage.h"
 
 namespace vitfast::cpu {
@@ -47,14 +48,10 @@ struct BlurSteps {
   int64_t strip_count() const { return static_cast<int64_t>(strips.size()) - 1; }
 };
 
-// These numbers are also known to vitfast/ops/blur_pool.py.
-enum class BlurPadding { kZeros, kReflect, kReplicate, kCircular };
-enum class BlurActivation { kNone, kRelu, kRelu6, kTanhRelu };
-
 // u = activation(scale * x + shift).
 struct BlurPrologue {
   BlurActivation activation = BlurActivation::kNone;
-  double temperature = 1;       // of kTanhRelu: relu(temperature * tanh(z / temperature))
+  double temperature = 1;       // of kTanhRelu
   const void* scale = nullptr;  // (channels,) in the type that is computed in; null for 1
   const void* shift = nullptr;  // likewise; null for 0
 

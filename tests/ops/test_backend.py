@@ -103,3 +103,15 @@ def test_triton_backend_without_triton(monkeypatch):
 
 def test_errors_are_runtime_errors():
     assert issubclass(vitfast.BackendError, RuntimeError)
+
+
+def test_operators_with_cuda_kernels_say_how_to_build_them():
+    if vitfast.ops._extension.cuda_available():
+        pytest.skip("the CUDA kernels are there; tests/kernels/test_blur_pool_gpu.py runs them")
+    device = torch.device("cuda")
+    with vitfast.backend("cuda"), pytest.raises(vitfast.ExtensionError, match=r"VITFAST_CUDA=1 pip install"):
+        backend_module.choose("blur_pool2d", ("cpu", "cuda"), device)
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch on this CUDA device: the CUDA kernels were not built"):
+        assert backend_module.choose("blur_pool2d", ("cpu", "cuda"), device) == "reference"
+    with vitfast.backend("cuda"), pytest.raises(vitfast.BackendError, match="the tensors of blur_pool2d are on cpu"):
+        backend_module.choose("blur_pool2d", ("cpu", "cuda"), torch.device("cpu"))

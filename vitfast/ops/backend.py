@@ -30,7 +30,7 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++), ``"triton"`` (NVIDIA GPUs; or CPU tensors in
-            Triton's interpreter, ``TRITON_INTERPRET=1``) or ``"cuda"`` (CUDA C++).
+            Triton's interpreter, ``TRITON_INTERPRET=1``) or ``"cuda"`` (CUDA C++, NVIDIA GPUs).
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -75,6 +75,8 @@ def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:
         raise BackendError(f"backend 'cuda' was forced, but the tensors of {operator} are on {device}")
     if name == "cpu":
         _extension.require()
+    if name == "cuda":
+        _extension.require_cuda()
     return name
 
 
@@ -93,10 +95,12 @@ def _default(operator: str, served: tuple[str, ...], device: torch.device) -> st
     if device.type == "cpu" and "cpu" in served:
         _extension.require()
         return "cpu"
-    if device.type == "cuda" and "triton" in served:
-        if triton_available():
+    if device.type == "cuda":
+        if "cuda" in served and _extension.cuda_available():
+            return "cuda"
+        if "triton" in served and triton_available():
             return "triton"
-        _warn_once(operator)
+        _warn_once(operator, served)
     return "reference"
 
 
@@ -117,11 +121,16 @@ def triton_interpreted() -> bool:
 _warned: set[str] = set()
 
 
-def _warn_once(operator: str) -> None:
+def _warn_once(operator: str, served: tuple[str, ...]) -> None:
     if operator not in _warned:
         _warned.add(operator)
+        missing = {
+            "cuda": "the CUDA kernels were not built (VITFAST_CUDA=1 pip install --no-build-isolation .)",
+            "triton": "triton is not installed (pip install triton)",
+        }
+        reason = " and ".join(text for backend, text in missing.items() if backend in served)
         warnings.warn(
-            f"{operator} runs as plain PyTorch on this CUDA device: triton is not installed (pip install triton)",
+            f"{operator} runs as plain PyTorch on this CUDA device: {reason}",
             RuntimeWarning,
             stacklevel=6,  # the caller of vitfast.functional
         )

@@ -39,7 +39,7 @@ from vitfast.ops.backend import choose
 from vitfast.reference.blur_pool import ACTIVATIONS, PADDING_MODES, prologue, prologue_backward
 
 NAME = "blur_pool2d"
-SERVED = ("cpu",)
+SERVED = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -109,31 +109,28 @@ def _is_constant(kernel: Tensor) -> bool:
 
 def _forward(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None, spec: Spec) -> Tensor:
     activation = ACTIVATIONS.index(spec.activation)
-    taps, *values = kernel.to(torch.float64).contiguous(), *(_per_channel(v, x) for v in (scale, shift))
-    return _call(
-        torch.ops.vitfast.blur_pool2d.default, _dense(x), taps, *spec.numbers, *values, activation, spec.temperature
-    )
+    values = (_per_channel(v, x) for v in (scale, shift))
+    arguments = (_dense(x), _taps(kernel), *spec.numbers, *values, activation, spec.temperature)
+    return _call(torch.ops.vitfast.blur_pool2d.default, *arguments)
 
 
 def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
     """The blur's transpose of ``grad``: (B, C, *size)."""
-    taps = kernel.to(torch.float64).contiguous()
-    arguments = (_dense(grad), None, taps, list(size), *spec.numbers, None, None, 0, 1.0)
+    arguments = (_dense(grad), None, _taps(kernel), list(size), *spec.numbers, None, None, 0, 1.0)
     return _call(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
 
 
 def _backward(grad, x, kernel, scale, shift, spec) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, scale and shift through the prologue."""
     x = _dense(x)
-    taps, *values = kernel.to(torch.float64).contiguous(), *(_per_channel(v, x) for v in (scale, shift))
     grad_x, grad_scale, grad_shift = _call(
         torch.ops.vitfast.blur_pool2d_backward.default,
         grad.contiguous(memory_format=_memory_format(x)),
         x,
-        taps,
+        _taps(kernel),
         list(x.shape[2:]),
         *spec.numbers,
-        *values,
+        *(_per_channel(v, x) for v in (scale, shift)),
         ACTIVATIONS.index(spec.activation),
         spec.temperature,
     )
@@ -161,6 +158,12 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 def _dense(x: Tensor) -> Tensor:
     """x as it is if its memory format is contiguous or channels_last; else contiguous."""
     return x.contiguous(memory_format=_memory_format(x))
+
+
+def _taps(kernel: Tensor) -> Tensor:
+    """The kernel as the operators take it: float64; on a GPU, where a conversion is a launch, float32 as well."""
+    enough = kernel.device.type == "cuda" and kernel.dtype == torch.float32
+    return kernel.contiguous() if enough else kernel.to(torch.float64).contiguous()
 
 
 def _per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
