@@ -50,7 +50,7 @@ SOURCES := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
 	$(PIP_INSTALL) $(TORCH)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --quiet "$(TRITON)"
 	$(PIP_INSTALL) --quiet setuptools ninja pybind11
-	$(PIP_INSTALL) --quiet --no-deps timm torchvision
+	$(PIP_INSTALL) --quiet --no-deps timm torchvision kornia kornia_rs
 	@echo "building vitfast"
 	$(PIP_INSTALL) --quiet --no-build-isolation -e ".[dev]"
 	@touch $@

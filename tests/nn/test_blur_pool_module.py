@@ -8,6 +8,7 @@ import libraries  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
+from kornia.filters import BlurPool2D, MaxBlurPool2D
 from timm.layers import BlurPool2d as TimmBlurPool2d
 from torch.testing import assert_close
 
@@ -39,8 +40,17 @@ def test_same_padding_keeps_the_size(filt_size, stride):
     assert expected.shape[2:] == (-(-9 // stride), -(-8 // stride))
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("filt_size", [1, 2, 3, 4, 5, 7])
+def test_results_of_kornia(filt_size, stride):
+    x = torch.randn(2, 6, 13, 16, dtype=torch.float64)
+    options = {"filt_size": filt_size, "stride": stride, "pad_mode": "zeros", "padding": "same"}
+    assert_close(BlurPool2d(**options).double()(x), BlurPool2D(filt_size, stride)(x))
+    assert_close(MaxBlurPool2d(3, **options).double()(x), MaxBlurPool2D(filt_size, stride, max_pool_size=3)(x))
+
+
 def test_zero_padding_as_a_convolution_has_it():
-    """As kornia."""
+    """As kornia before version 0.9."""
     x = torch.randn(2, 3, 9, 8)
     for taps in (3, 4, 5):
         pool = BlurPool2d(filt_size=taps, pad_mode="zeros", padding=(taps - 1) // 2)

@@ -22,7 +22,7 @@ class BlurPool2d(nn.Module):
     """A fixed low-pass filter and subsampling, (B, C, H, W) -> (B, C, H', W').
 
     The arguments, defaults and results of timm's `BlurPool2d`. Elsewhere: kornia's `BlurPool2D(k, stride)` is
-    ``BlurPool2d(filt_size=k, stride=stride, pad_mode="zeros", padding=(k - 1) // 2)``, and `BlurPool(filt_size=k)` of
+    ``BlurPool2d(filt_size=k, stride=stride, pad_mode="zeros", padding="same")``, and `BlurPool(filt_size=k)` of
     antialiased-cnns is ``BlurPool2d(filt_size=k, padding="same")``.
 
     Args:
@@ -75,9 +75,12 @@ class BlurPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        return functional.blur_pool2d(
-            x, self.kernel, stride=self.stride, padding=self.padding, padding_mode=self.pad_mode
-        )
+        return functional.blur_pool2d(x, **self.blur_options())
+
+    def blur_options(self) -> dict:
+        """The arguments of `vitfast.functional.blur_pool2d` beside x."""
+        options = {"stride": self.stride, "padding": self.padding, "padding_mode": self.pad_mode}
+        return {"kernel": self.kernel, **options}
 
     def _check(self, x: Tensor) -> None:
         if self.channels is not None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != self.channels:
@@ -92,7 +95,7 @@ class MaxBlurPool2d(BlurPool2d):
     """Max pooling of stride 1 and a blur with the stride: anti-aliased max pooling, (B, C, H, W) -> (B, C, H', W').
 
     kornia's `MaxBlurPool2D(k, stride, pool_size)` is ``MaxBlurPool2d(pool_size, pool_padding=0, filt_size=k,
-    stride=stride, pad_mode="zeros", padding=(k - 1) // 2)``.
+    stride=stride, pad_mode="zeros", padding="same")``.
 
     Args:
         pool_size: pixels of the maximum, one integer.

@@ -129,16 +129,8 @@ class Smoothing2d(BlurPool2d):
         if fused is None:
             x, fused = self._activated(x), (None, 1.0)
         activation, temperature = fused
-        return functional.blur_pool2d(
-            x,
-            self.kernel,
-            padding=self.padding,
-            padding_mode=self.pad_mode,
-            scale=scale,
-            shift=shift,
-            activation=activation,
-            temperature=temperature,
-        )
+        prologue = {"scale": scale, "shift": shift, "activation": activation, "temperature": temperature}
+        return functional.blur_pool2d(x, **self.blur_options(), **prologue)
 
     def _fused_activation(self) -> tuple[str | None, float] | None:
         """``activation`` and ``temperature`` of `vitfast.functional.blur_pool2d`, or None if it has no such one."""

@@ -22,6 +22,8 @@ __all__ = ["Adaptation", "Report", "accelerate", "register_attention", "restore"
 
 # Adapters by the library they know.
 _ADAPTERS = {
+    "torch": "vitfast.models.acceleration.torch_adapter",
+    "kornia": "vitfast.models.acceleration.kornia_adapter",
     "timm": "vitfast.models.acceleration.timm_adapter",
     "torchvision": "vitfast.models.acceleration.torchvision_adapter",
     "transformers": "vitfast.models.acceleration.transformers_adapter",
@@ -35,11 +37,13 @@ class Adaptation:
     Attributes:
         fused: the subclass they become.
         obstacle: why a module of that class must stay as it is, or None.
+        applies: whether a module of that class is of the kind at all; others are left without a word.
         parts: the names of those of its children that it takes over itself.
     """
 
     fused: type[nn.Module]
-    obstacle: Callable[[nn.Module], str | None]
+    obstacle: Callable[[nn.Module], str | None] = lambda module: None
+    applies: Callable[[nn.Module], bool] = lambda module: True
     parts: tuple[str, ...] = ()
 
 
@@ -64,7 +68,7 @@ class Report:
 
 
 def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
-    """Replaces attention and MLPs of a timm, torchvision or transformers model by fused kernels, in place.
+    """Replaces attention, MLPs and blurs of timm, torchvision, transformers and kornia by fused kernels, in place.
 
     Weights, state-dict keys, hooks and the results, within rounding, stay the same, gradients included. Known are
 
@@ -74,7 +78,9 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
       of ``VisionTransformer``;
     - transformers: the attention of ViT and DeiT, and the layers of Swin, as long as their configuration asks for
       ``attn_implementation="sdpa"``, the default; ``"eager"`` is how one asks for attention maps;
-    - of all three, the MLPs with the exact GELU: `vitfast.functional.mlp`, which is faster on the CPU.
+    - of all three, the MLPs with the exact GELU: `vitfast.functional.mlp`, which is faster on the CPU;
+    - timm and kornia: blur pooling; and in evaluation mode, as one pass over the map, a batch normalisation, a ReLU and
+      a blur that follow each other in a block of timm's ``ResNet`` or in an ``nn.Sequential``.
 
     Everything else is left as it is. What a fused module cannot do (dropout of attention weights or inside an MLP in
     training, causal masks, padded and shifted windows of timm, modules whose hooks would see something else) it leaves,
@@ -102,7 +108,7 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
         kind = type(module)
         if module in taken_over:
             continue
-        if kind in adaptations:
+        if kind in adaptations and adaptations[kind].applies(module):
             obstacle = adaptations[kind].obstacle(module)
             if obstacle is None:
                 module.__class__ = adaptations[kind].fused
@@ -176,7 +182,7 @@ def _fused_classes() -> set[type[nn.Module]]:
 
 
 def _original(fused: type[nn.Module]) -> type[nn.Module]:
-    """The class that a fused one replaces: its only base."""
+    """The class that a fused one replaces: its first base."""
     return fused.__bases__[0]
 
 
@@ -186,6 +192,6 @@ def _unknown_attention(kind: type[nn.Module]) -> str | None:
     if known is not None:
         return f"{kind.__qualname__} is a subclass of {known.__qualname__} and may compute something else"
     library = kind.__module__.partition(".")[0]
-    if library in _ADAPTERS and "Attention" in kind.__name__:
+    if library != "torch" and library in _ADAPTERS and "Attention" in kind.__name__:
         return f"there is no fused kernel for {kind.__module__}.{kind.__qualname__}"
     return None

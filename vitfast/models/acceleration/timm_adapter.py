@@ -1,15 +1,17 @@
-"""timm 1.x: attention of the ViT family, the blocks of Swin, and the MLPs of both."""
+"""timm 1.x: attention of the ViT family, the blocks of Swin, the MLPs of both; blur pooling, and blocks of ResNet."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, BlurPool2d, Mlp
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
+from vitfast.models.acceleration.blurs import BLURS, FusedBlur, blur_after_norm, may_fuse, takes
 from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 
 
@@ -61,6 +63,55 @@ class FusedMlp(Mlp):
         return super().forward(x)
 
 
+class FusedBlurPool2d(BlurPool2d, FusedBlur):
+    """`timm.layers.BlurPool2d` on `vitfast.functional.blur_pool2d`."""
+
+    def blur_options(self) -> dict:
+        return {
+            "kernel": self.filt[0, 0],
+            "stride": self.stride,
+            "padding": tuple(self.padding),
+            "padding_mode": "zeros" if self.pad_mode == "constant" else self.pad_mode,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.blur_pool2d(x, **self.blur_options()) if takes(x) else super().forward(x)
+
+
+class FusedBasicBlock(BasicBlock):
+    """timm's ResNet block, in which normalisation, ReLU and blur are one pass in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _keeps_everything(self.drop_block):
+            return super().forward(x)
+        inner = blur_after_norm(self.bn1, self.act1, self.aa, self.conv1(x))
+        return _joined(self, x, self.bn2(self.conv2(inner)), self.act2)
+
+
+class FusedBottleneck(Bottleneck):
+    """timm's ResNet bottleneck, in which normalisation, ReLU and blur are one pass in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _keeps_everything(self.drop_block):
+            return super().forward(x)
+        inner = self.act1(self.bn1(self.conv1(x)))
+        inner = blur_after_norm(self.bn2, self.act2, self.aa, self.conv2(inner))
+        return _joined(self, x, self.bn3(self.conv3(inner)), self.act3)
+
+
+def _keeps_everything(drop_block: nn.Module) -> bool:
+    return type(drop_block) is nn.Identity and not has_hooks(drop_block)
+
+
+def _joined(block: BasicBlock | Bottleneck, x: Tensor, inner: Tensor, activation: nn.Module) -> Tensor:
+    """The end of a residual block: what was computed inside of it and what went around."""
+    if block.se is not None:
+        inner = block.se(inner)
+    if block.drop_path is not None:
+        inner = block.drop_path(inner)
+    return activation(inner + (x if block.downsample is None else block.downsample(x)))
+
+
 _ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop", "fused_attn", "head_dim")
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
@@ -70,13 +121,23 @@ def _lacks(parts: tuple[str, ...], module: nn.Module) -> str | None:
     return f"this version of timm has it without {', '.join(missing)}" if missing else None
 
 
+def _is_no_single_blur(blur: BlurPool2d) -> str | None:
+    if blur.filt_size > 7:
+        return f"its filter has {blur.filt_size} taps, more than 7"
+    return None if (blur.filt == blur.filt[:1]).all() else "its filter is not the same for all channels"
+
+
 def _has_other_attention(block: nn.Module) -> str | None:
     kind = type(block.attn)
     return None if kind is WindowAttention else f"its attention is a {kind.__qualname__}, not timm's WindowAttention"
 
 
+BLURS.add(BlurPool2d)
 ADAPTATIONS = {
     Attention: Adaptation(FusedAttention, partial(_lacks, _ATTENTION_PARTS)),
     Mlp: Adaptation(FusedMlp, partial(_lacks, _MLP_PARTS)),
+    BlurPool2d: Adaptation(FusedBlurPool2d, _is_no_single_blur),
+    BasicBlock: Adaptation(FusedBasicBlock, applies=lambda block: may_fuse(block.bn1, block.act1, block.aa)),
+    Bottleneck: Adaptation(FusedBottleneck, applies=lambda block: may_fuse(block.bn2, block.act2, block.aa)),
     SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock, _has_other_attention, parts=("attn",)),
 }
