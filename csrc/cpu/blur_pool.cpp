@@ -20,6 +20,8 @@ namespace {
 using cpu::BlurCall;
 using cpu::BlurMatrix;
 using cpu::BlurSteps;
+using cpu::BlurStrip;
+using cpu::BlurStrips;
 using cpu::BlurTap;
 using torch::headeronly::ScalarType;
 
@@ -178,6 +180,35 @@ BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int6
   return steps;
 }
 
+// ---- the matrix for rows in strips ---------------------------------------------------------------------------------
+
+// `strip` outputs make a strip.
+BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip) {
+  const int64_t outputs = static_cast<int64_t>(matrix.begin.size()) - 1;
+  BlurStrips strips;
+  strips.begin = matrix.begin;
+  std::vector<int64_t> place(inputs);  // of a row among those of the strip
+  for (int64_t first = 0; first < outputs; first += strip) {
+    BlurStrip next{first, std::min(first + strip, outputs), {}, 0};
+    std::vector<bool> needed(inputs, strip >= outputs);  // a strip that is all of the map takes it as it is
+    for (int64_t i = matrix.begin[first]; i < matrix.begin[next.last]; ++i) needed[matrix.taps[i].from] = true;
+    for (int64_t row = 0; row < inputs; ++row) {
+      if (!needed[row]) continue;
+      if (row == 0 || !needed[row - 1]) next.runs.push_back({row, 0});
+      ++next.runs.back().rows;
+      place[row] = next.rows++;
+    }
+    for (int64_t i = matrix.begin[first]; i < matrix.begin[next.last]; ++i) {
+      const BlurTap& tap = matrix.taps[i];
+      strips.taps.push_back({place[tap.from], tap.line, tap.weight});
+    }
+    strips.most_rows = std::max(strips.most_rows, next.rows);
+    strips.most_outputs = std::max(strips.most_outputs, next.outputs());
+    strips.strips.push_back(std::move(next));
+  }
+  return strips;
+}
+
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
 struct Options {
@@ -204,6 +235,7 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   BlurCall call{};
   call.storage = cpu::storage_of(like.scalar_type());
   call.channels_last = channels_last;
+  call.transpose = transpose;
   call.batch = like.size(0);
   call.channels = like.size(1);
   call.in_height = height, call.out_height = rows.outputs;
@@ -220,12 +252,13 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   constexpr int64_t kTasks = 64, kRows = 16;
   const int64_t maps = std::max<int64_t>(call.batch * (channels_last ? call.channels / 16 : call.channels), 1);
   const int64_t strips = std::clamp<int64_t>(kTasks / maps, 1, std::max<int64_t>(call.out_height / kRows, 1));
-  // A row of pixels is work enough for one step; of short rows, the slots of a group fill a part of the first level.
-  constexpr int64_t kGroupValues = 2048;
-  const int64_t group =
-      channels_last ? 1 : std::clamp<int64_t>(kGroupValues / std::max(call.in_width, call.out_width), 1, 64);
-  call.rows = steps_of(matrix, call.in_height, static_cast<int64_t>(call.columns.size()),
-                       (call.out_height + strips - 1) / strips, group);
+  const int64_t strip = (call.out_height + strips - 1) / strips;
+  if (channels_last) {
+    call.rows = steps_of(matrix, call.in_height, static_cast<int64_t>(call.columns.size()), strip, 1);
+  } else {
+    const int64_t fitting = std::max(cpu::kStripValues / std::max(call.in_width, call.out_width), kRows);
+    call.strips = strips_of(matrix, call.in_height, std::min(strip, fitting));
+  }
   return call;
 }
 

@@ -48,6 +48,32 @@ struct BlurSteps {
   int64_t strip_count() const { return static_cast<int64_t>(strips.size()) - 1; }
 };
 
+// The matrix for rows cut into strips of outputs, which are computed one after the other: the rows of the input that a
+// strip needs are gathered first, in order; its taps count them.
+struct BlurStrip {
+  struct Run {
+    int64_t from, rows;
+  };
+  int64_t first, last;  // outputs
+  std::vector<Run> runs;
+  int64_t rows;  // of all runs
+
+  int64_t outputs() const { return last - first; }
+};
+struct BlurStrips {
+  struct Tap {
+    int64_t row, line;
+    double weight;
+  };
+  std::vector<BlurStrip> strips;
+  std::vector<int64_t> begin;  // output o has the taps in [begin[o], begin[o + 1])
+  std::vector<Tap> taps;
+  int64_t most_rows = 0, most_outputs = 0;  // of a strip
+};
+
+// As many values as a strip has, about: its buffers are to fit into the first level.
+constexpr int64_t kStripValues = 4096;
+
 // u = activation(scale * x + shift).
 struct BlurPrologue {
   BlurActivation activation = BlurActivation::kNone;
@@ -60,9 +86,10 @@ struct BlurPrologue {
 
 struct BlurCall {
   Storage storage;
-  bool channels_last;
+  bool channels_last, transpose;
   int64_t batch, channels, in_height, in_width, out_height, out_width;
-  BlurSteps rows;
+  BlurSteps rows;                   // if channels_last
+  BlurStrips strips;                // if not
   std::vector<BlurMatrix> columns;  // one for each line of the kernel, or a single one
   const void* in;
   void* out;
@@ -71,7 +98,10 @@ struct BlurCall {
   const void* primal = nullptr;                               // x, laid out as `out`
   double *scale_partial = nullptr, *shift_partial = nullptr;  // (batch, strips, channels)
 
-  int64_t parts() const { return batch * rows.strip_count(); }
+  int64_t strip_count() const {
+    return channels_last ? rows.strip_count() : static_cast<int64_t>(strips.strips.size());
+  }
+  int64_t parts() const { return batch * strip_count(); }
 };
 
 struct BlurKernels {

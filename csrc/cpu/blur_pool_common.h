@@ -1,0 +1,129 @@
+// What the kernels of blur pooling share: the prologue and its derivative, and weighted sums of rows.
+#pragma once
+
+#include "cpu/blur_pool.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace vitfast::cpu::VITFAST_ISA {
+namespace {
+
+// ---- the prologue and its derivative --------------------------------------------------------------------------------
+
+template <class T>
+inline Vec<T> relu(Vec<T> z) {
+  return max<T>(Vec<T>{}, z);  // NaN stays
+}
+
+// tanh(a) for a >= 0.
+inline Vec<float> tanh_nonnegative(Vec<float> a) {
+  // Its series near 0, where the other formula cancels; the first term left out is 1e-8 of the sum at 0.35.
+  const Vec<float> s = a * a;
+  const Vec<float> series =
+      a + a * s * (-0.33333333f + s * (0.13333333f + s * (-0.05396825f + s * (0.021869488f - s * 0.0088632355f))));
+  const Vec<float> e = exp2_nonpositive<float>(a * (-2 * kLog2E<float>));  // exp(-2 a)
+  return a < 0.35f ? series : (1.0f - e) / (1.0f + e);
+}
+
+inline Vec<double> tanh_nonnegative(Vec<double> a) {
+  for (int l = 0; l < kLanes<double>; ++l) a[l] = std::tanh(a[l]);
+  return a;
+}
+
+template <class T, BlurActivation kActivation>
+inline Vec<T> activate(Vec<T> z, T temperature) {
+  if constexpr (kActivation == BlurActivation::kNone) return z;
+  if constexpr (kActivation == BlurActivation::kRelu) return relu<T>(z);
+  if constexpr (kActivation == BlurActivation::kRelu6) {
+    const Vec<T> positive = relu<T>(z);
+    return positive > T{6} ? broadcast(T{6}) : positive;
+  }
+  if constexpr (kActivation == BlurActivation::kTanhRelu) {
+    return temperature * tanh_nonnegative(relu<T>(z) / temperature);
+  }
+}
+
+// The derivative at z times g, as PyTorch has it where there is none.
+template <class T, BlurActivation kActivation>
+inline Vec<T> activate_backward(Vec<T> z, Vec<T> g, T temperature) {
+  constexpr Vec<T> zero{};
+  if constexpr (kActivation == BlurActivation::kNone) return g;
+  if constexpr (kActivation == BlurActivation::kRelu) return z <= zero ? zero : g;
+  if constexpr (kActivation == BlurActivation::kRelu6) {
+    const Vec<T> below = z <= zero ? zero : g;
+    return z >= T{6} ? zero : below;
+  }
+  if constexpr (kActivation == BlurActivation::kTanhRelu) {
+    const Vec<T> t = tanh_nonnegative(relu<T>(z) / temperature);
+    return z <= zero ? zero : g * (1 - t * t);
+  }
+}
+
+template <BlurActivation kActivation>
+using ActivationTag = std::integral_constant<BlurActivation, kActivation>;
+
+template <class F>
+inline void with_activation(BlurActivation activation, F f) {
+  switch (activation) {
+    case BlurActivation::kNone:
+      return f(ActivationTag<BlurActivation::kNone>{});
+    case BlurActivation::kRelu:
+      return f(ActivationTag<BlurActivation::kRelu>{});
+    case BlurActivation::kRelu6:
+      return f(ActivationTag<BlurActivation::kRelu6>{});
+    case BlurActivation::kTanhRelu:
+      return f(ActivationTag<BlurActivation::kTanhRelu>{});
+  }
+}
+
+// ---- weighted sums of rows
+// --------------------------------------------------------------------------------------------
+
+// Calls put(j, weighted sum of rows at j, lanes that count) for every vector of [0, length).
+template <class T, int kTaps, class Put>
+inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Put put) {
+  const T* row[kTaps];
+  Vec<T> weight[kTaps];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTaps; ++t) row[t] = rows[t], weight[t] = broadcast(weights[t]);
+  const auto sum_at = [&](auto load_at) {
+    Vec<T> sum = weight[0] * load_at(row[0]);
+#pragma GCC unroll 4
+    for (int t = 1; t < kTaps; ++t) sum = sum + weight[t] * load_at(row[t]);
+    return sum;
+  };
+  const int64_t whole = length / kLanes<T> * kLanes<T>;
+  for (int64_t j = 0; j < whole; j += kLanes<T>) {
+    put(j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
+  }
+  if (whole < length) {
+    put(whole, sum_at([&](const T* p) { return load_partial(p + whole, length - whole); }), length - whole);
+  }
+}
+
+template <class T, class Put>
+inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Put put) {
+  switch (taps) {
+    case 1:
+      return combine_taps<T, 1>(rows, weights, length, put);
+    case 2:
+      return combine_taps<T, 2>(rows, weights, length, put);
+    case 3:
+      return combine_taps<T, 3>(rows, weights, length, put);
+    case 4:
+      return combine_taps<T, 4>(rows, weights, length, put);
+    default:  // none, where there is nothing but zeros of the margin, or many
+      for (int64_t j = 0; j < length; j += kLanes<T>) {
+        Vec<T> sum{};
+        for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + j, length - j);
+        put(j, sum, std::min<int64_t>(length - j, kLanes<T>));
+      }
+  }
+}
+
+// Enough values for a thread to be worth its start.
+constexpr int64_t kBlurGrain = 16384;
+
+}  // namespace
+}  // namespace vitfast::cpu::VITFAST_ISA

@@ -1,0 +1,362 @@
+// Blur pooling and its transpose of channels-first maps, whose rows lie along the vector.
+//
+// The planes of a map follow each other in memory, and so do their rows: columns are blurred without regard to where a
+// row ends. A vector of outputs is a sum of shuffled inputs, whose indices and weights hold stride, padding and
+// transposition, and the shuffles of a few rows serve all rows. So rows of any length fill whole vectors.
+//
+// Some planes at a time, or a strip of a larger one, go from their input over buffers in the first level to their
+// output. A blur combines rows first, of which fewer are left then; its transpose, and kernels that are no outer
+// product, blur columns first.
+#pragma once
+
+#include "cpu/blur_pool_common.h"
+
+namespace vitfast::cpu::VITFAST_ISA {
+namespace {
+
+// ---- columns
+// ----------------------------------------------------------------------------------------------------------
+
+// For a vector of outputs: weight * (inputs from `base` on, shuffled).
+template <class T>
+struct Gather {
+  using Index = typename VecOf<T>::Int;
+  Index index[kLanes<T>];  // into two vectors
+  T weight[kLanes<T>];     // 0 for a lane without an input
+  int64_t base;
+};
+
+// A matrix for columns, applied to rows that follow each other. After `period` rows a vector begins where a row does,
+// unless rows are so long that their last vector need not be filled.
+template <class T>
+class Gathers {
+  static constexpr int64_t kVector = kLanes<T>;
+
+ public:
+  Gathers(const BlurMatrix& matrix, int64_t inputs)
+      : inputs_(inputs), outputs_(static_cast<int64_t>(matrix.begin.size()) - 1) {
+    constexpr int64_t kLong = 8 * kVector;
+    period_ = outputs_ >= kLong ? 1 : kVector / std::gcd(outputs_, kVector);
+    const int64_t count = period_ * outputs_;
+    for (int64_t first = 0; first < count; first += kVector) {
+      begin_.push_back(static_cast<int64_t>(gathers_.size()));
+      add_vector(matrix, first, std::min(kVector, count - first));
+    }
+    begin_.push_back(static_cast<int64_t>(gathers_.size()));
+  }
+
+  // How many values beyond the last row of the input may be read, and count for nothing.
+  int64_t overrun() const { return 2 * kVector + (kVector / outputs_ + 2) * inputs_; }
+
+  // Calls put(offset of the outputs, sum, how many of its lanes count) for all outputs of the rows.
+  template <class Put>
+  void apply(const T* from, int64_t rows, Put put) const {
+    const int64_t repeats = rows / period_, count = period_ * outputs_, rest = (rows - repeats * period_) * outputs_;
+    for (int64_t v = 0; v + 1 < static_cast<int64_t>(begin_.size()); ++v) {
+      const Gather<T>* gathers = gathers_.data() + begin_[v];
+      const int64_t first = v * kVector, lanes = std::min(kVector, count - first);
+      const auto sums = [&](auto number) {
+        sum<number()>(gathers, begin_[v + 1] - begin_[v], from, first, lanes, repeats, rest - first, put);
+      };
+      switch (begin_[v + 1] - begin_[v]) {
+        case 1:
+          sums(std::integral_constant<int, 1>{});
+          break;
+        case 2:
+          sums(std::integral_constant<int, 2>{});
+          break;
+        case 3:
+          sums(std::integral_constant<int, 3>{});
+          break;
+        case 4:
+          sums(std::integral_constant<int, 4>{});
+          break;
+        default:
+          sums(std::integral_constant<int, 0>{});
+      }
+    }
+  }
+
+ private:
+  // The gathers of the outputs from `first` on, counted over rows: lane by lane, every tap is the turn of one of them.
+  void add_vector(const BlurMatrix& matrix, int64_t first, int64_t lanes) {
+    const auto row_of = [&](int64_t l) { return (first + l) / outputs_; };
+    const auto output_of = [&](int64_t l) { return (first + l) % outputs_; };
+    const auto from = [&](int64_t l, int64_t tap) { return row_of(l) * inputs_ + matrix.taps[tap].from; };
+    int64_t next[kVector];  // tap of each lane
+    for (int64_t l = 0; l < lanes; ++l) next[l] = matrix.begin[output_of(l)];
+    const auto done = [&](int64_t l) { return next[l] == matrix.begin[output_of(l) + 1]; };
+    while (true) {
+      int64_t base = std::numeric_limits<int64_t>::max();
+      for (int64_t l = 0; l < lanes; ++l) {
+        if (!done(l)) base = std::min(base, from(l, next[l]));
+      }
+      if (base == std::numeric_limits<int64_t>::max()) return;
+      Gather<T> gather{{}, {}, base};
+      for (int64_t l = 0; l < lanes; ++l) {
+        // A lane whose turn it is not reads what it reads anyway, if that is there: 0 times infinity is not 0.
+        const int64_t own = matrix.begin[output_of(l)];
+        const bool any = own < matrix.begin[output_of(l) + 1];
+        const int64_t idle = any ? from(l, own) - base : 0;
+        if (0 <= idle && idle < 2 * kVector) gather.index[l] = static_cast<typename Gather<T>::Index>(idle);
+        if (done(l) || from(l, next[l]) - base >= 2 * kVector) continue;
+        gather.index[l] = static_cast<typename Gather<T>::Index>(from(l, next[l]) - base);
+        gather.weight[l] = static_cast<T>(matrix.taps[next[l]].weight);
+        ++next[l];
+      }
+      gathers_.push_back(gather);
+    }
+  }
+
+  // kCount gathers, which the compiler keeps in registers, or `count` of them if it is 0.
+  template <int kCount, class Put>
+  void sum(const Gather<T>* gathers, int64_t count, const T* from, int64_t first, int64_t lanes, int64_t repeats,
+           int64_t rest, Put put) const {
+    constexpr int kHeld = kCount > 0 ? kCount : 1;
+    Vec<T> weight[kHeld];
+    IntVec<T> index[kHeld];
+    const T* input[kHeld];
+    for (int g = 0; g < kCount; ++g) {
+      weight[g] = load(gathers[g].weight);
+      std::memcpy(&index[g], gathers[g].index, sizeof(index[g]));
+      input[g] = from + gathers[g].base;
+    }
+    const auto sum_at = [&](int64_t skip) {
+      Vec<T> total{};
+      if constexpr (kCount > 0) {
+#pragma GCC unroll 4
+        for (int g = 0; g < kCount; ++g) {
+          const T* p = input[g] + skip;
+          total = total + weight[g] * __builtin_shuffle(load(p), load(p + kVector), index[g]);
+        }
+      } else {
+        for (int64_t g = 0; g < count; ++g) {
+          const T* p = from + gathers[g].base + skip;
+          IntVec<T> lanes_of;
+          std::memcpy(&lanes_of, gathers[g].index, sizeof(lanes_of));
+          total = total + load(gathers[g].weight) * __builtin_shuffle(load(p), load(p + kVector), lanes_of);
+        }
+      }
+      return total;
+    };
+    const int64_t in_step = period_ * inputs_, out_step = period_ * outputs_;
+    for (int64_t r = 0; r < repeats; ++r) put(r * out_step + first, sum_at(r * in_step), lanes);
+    if (rest > 0) put(repeats * out_step + first, sum_at(repeats * in_step), std::min(lanes, rest));
+  }
+
+  int64_t inputs_, outputs_, period_;
+  std::vector<int64_t> begin_;  // vector v of a period is the sum of the gathers in [begin_[v], begin_[v + 1])
+  std::vector<Gather<T>> gathers_;
+};
+
+// ---- some planes, or a strip of one
+// -----------------------------------------------------------------------------------
+
+template <class S>
+class BlurPlanes {
+  using T = Compute<S>;
+  static constexpr int64_t kVector = kLanes<T>;
+
+ public:
+  BlurPlanes(const BlurCall& call, const std::vector<Gathers<T>>& gathers)
+      : call_(call), gathers_(gathers), rows_first_(!call.transpose && gathers.size() == 1) {
+    planes_ = planes_at_a_time(call);
+    Arena count;
+    place(count);
+    bytes_ = count.used();
+  }
+
+  // As many as keep the buffers in the first level.
+  static int64_t planes_at_a_time(const BlurCall& call) {
+    if (call.strips.strips.size() > 1) return 1;
+    const int64_t largest = std::max(call.in_height * call.in_width, call.out_height * call.out_width);
+    return std::clamp<int64_t>(kStripValues / largest, 1, std::max<int64_t>(call.batch * call.channels, 1));
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  void bind(std::byte* memory) {
+    Arena arena(memory);
+    place(arena);
+  }
+
+  void run(int64_t plane, int64_t planes, int64_t strip) {
+    strip_number_ = strip;
+    strip_ = &call_.strips.strips[strip];
+    plane_ = plane;
+    const T* in = input(planes);
+    if (rows_first_) {
+      combine_rows(in, call_.in_width, planes, combined_, call_.in_width);
+      S* out = output(plane);
+      gathers_[0].apply(combined_, planes * strip_->outputs(),
+                        [=](int64_t at, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(out + at, sum, lanes); });
+      return;
+    }
+    for (size_t line = 0; line < gathers_.size(); ++line) {
+      T* to = blurred_ + static_cast<int64_t>(line) * line_size();
+      gathers_[line].apply(in, planes * strip_->rows,
+                           [=](int64_t at, Vec<T> sum, int64_t lanes) { store_up_to(to + at, sum, lanes); });
+    }
+    if (call_.primal == nullptr) {
+      combine_rows(blurred_, call_.out_width, planes, output(plane), call_.out_width);
+      return;
+    }
+    combine_rows(blurred_, call_.out_width, planes, combined_, call_.out_width);
+    for (int64_t p = 0; p < planes; ++p) write_gradient(plane + p, combined_ + p * strip_->outputs() * call_.out_width);
+  }
+
+ private:
+  int64_t line_size() const { return planes_ * call_.strips.most_rows * call_.out_width + kVector; }
+
+  void place(Arena& arena) {
+    const int64_t overrun = gathers_[0].overrun();
+    input_ = arena.take<T>(planes_ * call_.strips.most_rows * call_.in_width + overrun);
+    const int64_t width = rows_first_ ? call_.in_width : call_.out_width;
+    combined_ = arena.take<T>(planes_ * call_.strips.most_outputs * width + overrun);
+    blurred_ = arena.take<T>(rows_first_ ? 0 : static_cast<int64_t>(gathers_.size()) * line_size());
+  }
+
+  S* output(int64_t plane) const {
+    return static_cast<S*>(call_.out) + (plane * call_.out_height + strip_->first) * call_.out_width;
+  }
+
+  // The rows that the strip needs, of all planes: where they lie, or with the prologue applied in a buffer.
+  const T* input(int64_t planes) {
+    const int64_t plane_size = call_.in_height * call_.in_width, runs = static_cast<int64_t>(strip_->runs.size());
+    const S* all = static_cast<const S*>(call_.in);
+    const bool prologue = call_.primal == nullptr && call_.prologue.any();
+    if constexpr (std::is_same_v<S, T>) {
+      // Several planes lie together where the strip is all of a plane.
+      const bool together = runs == 1 && (planes == 1 || strip_->rows == call_.in_height);
+      const S* first = all + plane_ * plane_size + (runs > 0 ? strip_->runs[0].from * call_.in_width : 0);
+      const S* end = all + call_.batch * call_.channels * plane_size;
+      const int64_t read = planes * strip_->rows * call_.in_width + (rows_first_ ? 0 : gathers_[0].overrun());
+      if (!prologue && together && end - first >= read) return first;
+    }
+    T* to = input_;
+    const T temperature = static_cast<T>(call_.prologue.temperature);
+    with_activation(prologue ? call_.prologue.activation : BlurActivation::kNone, [&](auto activation) {
+      for (int64_t p = plane_; p < plane_ + planes; ++p) {
+        const Vec<T> scale = per_plane(prologue ? call_.prologue.scale : nullptr, T{1}, p);
+        const Vec<T> shift = per_plane(prologue ? call_.prologue.shift : nullptr, T{0}, p);
+        for (const BlurStrip::Run& run : strip_->runs) {
+          const S* from = all + p * plane_size + run.from * call_.in_width;
+          const int64_t length = run.rows * call_.in_width, whole = length / kVector * kVector;
+          for (int64_t j = 0; j < whole; j += kVector) {
+            store(to + j, activate<T, activation()>(load_as_compute(from + j) * scale + shift, temperature));
+          }
+          if (whole < length) {
+            const Vec<T> z = load_as_compute_up_to(from + whole, length - whole) * scale + shift;
+            store(to + whole, activate<T, activation()>(z, temperature));
+          }
+          to += length;
+        }
+      }
+    });
+    return input_;
+  }
+
+  Vec<T> per_plane(const void* values, T otherwise, int64_t plane) const {
+    return broadcast(values == nullptr ? otherwise : static_cast<const T*>(values)[plane % call_.channels]);
+  }
+
+  // Every output row of the strip, a weighted sum of rows of `from`, into rows of `to` that follow each other.
+  template <class To>
+  void combine_rows(const T* from, int64_t width, int64_t planes, To* to, int64_t length) const {
+    const BlurStrips& strips = call_.strips;
+    const T* rows[kMostHeld];
+    T weights[kMostHeld];
+    for (int64_t p = 0; p < planes; ++p, from += strip_->rows * width) {
+      for (int64_t o = strip_->first; o < strip_->last; ++o, to += length) {
+        const BlurStrips::Tap* tap = strips.taps.data() + strips.begin[o];
+        const int64_t taps = strips.begin[o + 1] - strips.begin[o];
+        const auto take = [&](int64_t first, int64_t count) {
+          for (int64_t t = 0; t < count; ++t) {
+            rows[t] = from + tap[first + t].row * width + tap[first + t].line * line_size();
+            weights[t] = static_cast<T>(tap[first + t].weight);
+          }
+        };
+        const auto put = [=](int64_t j, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(to + j, sum, lanes); };
+        take(0, std::min(taps, kMostHeld));
+        if (taps <= kMostHeld) {
+          combine(rows, weights, taps, length, put);
+          continue;
+        }
+        for (int64_t j = 0; j < length; j += kVector) {  // margins many times as large as the map
+          Vec<T> sum{};
+          for (int64_t t = 0; t < taps; ++t) {
+            const T* row = from + tap[t].row * width + tap[t].line * line_size();
+            sum = sum + static_cast<T>(tap[t].weight) * load_up_to(row + j, length - j);
+          }
+          put(j, sum, std::min(length - j, kVector));
+        }
+      }
+    }
+  }
+
+  // The gradient of x from that of u, and what the strip of a plane adds to those of scale and shift.
+  void write_gradient(int64_t plane, const T* grad) const {
+    const int64_t length = strip_->outputs() * call_.out_width;
+    const S* primal = static_cast<const S*>(call_.primal) + (output(plane) - static_cast<S*>(call_.out));
+    S* to = output(plane);
+    const Vec<T> scale = per_plane(call_.prologue.scale, T{1}, plane),
+                 shift = per_plane(call_.prologue.shift, T{0}, plane);
+    const T temperature = static_cast<T>(call_.prologue.temperature);
+    double scale_sum = 0, shift_sum = 0;
+    with_activation(call_.prologue.activation, [&](auto activation) {
+      // Some at a time: the rounding errors of a sum grow with the number of its terms.
+      constexpr int64_t kTerms = 32 * kVector;
+      for (int64_t begin = 0; begin < length; begin += kTerms) {
+        const int64_t end = std::min(begin + kTerms, length);
+        Vec<T> scale_part{}, shift_part{};
+        const auto step = [&](int64_t j, int64_t lanes) {
+          const Vec<T> x = load_as_compute_up_to(primal + j, lanes), g = load_up_to(grad + j, lanes);
+          const Vec<T> dz = activate_backward<T, activation()>(x * scale + shift, g, temperature);
+          store_as_storage_up_to(to + j, dz * scale, lanes);
+          scale_part = scale_part + dz * x;  // beyond the end, g and x are zero
+          shift_part = shift_part + dz;
+        };
+        int64_t j = begin;
+        for (; j + kVector <= end; j += kVector) step(j, kVector);
+        if (j < end) step(j, end - j);
+        scale_sum += static_cast<double>(sum_of_lanes<T>(scale_part));
+        shift_sum += static_cast<double>(sum_of_lanes<T>(shift_part));
+      }
+    });
+    const int64_t image = plane / call_.channels, channel = plane % call_.channels;
+    const int64_t at = (image * call_.strip_count() + strip_number_) * call_.channels + channel;
+    call_.scale_partial[at] = scale_sum;
+    call_.shift_partial[at] = shift_sum;
+  }
+
+  static constexpr int64_t kMostHeld = 16;
+
+  const BlurCall& call_;
+  const std::vector<Gathers<T>>& gathers_;
+  const bool rows_first_;
+  int64_t planes_, bytes_;
+  T *input_, *combined_, *blurred_;
+  const BlurStrip* strip_;
+  int64_t strip_number_, plane_;
+};
+
+template <class S>
+void blur_planes(const BlurCall& call) {
+  std::vector<Gathers<Compute<S>>> gathers;
+  for (const BlurMatrix& matrix : call.columns) gathers.emplace_back(matrix, call.in_width);
+  const int64_t planes = call.batch * call.channels, at_a_time = BlurPlanes<S>::planes_at_a_time(call);
+  const int64_t strips = call.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
+  const int64_t work = at_a_time * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
+  parallel_for(chunks * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
+    BlurPlanes<S> worker(call, gathers);
+    const Scratch scratch(worker.bytes());
+    worker.bind(scratch.data());
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t plane = task / strips * at_a_time;
+      worker.run(plane, std::min(at_a_time, planes - plane), task % strips);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace vitfast::cpu::VITFAST_ISA
