@@ -206,6 +206,16 @@ BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip) {
     strips.most_outputs = std::max(strips.most_outputs, next.outputs());
     strips.strips.push_back(std::move(next));
   }
+  strips.repeats.assign(outputs, 1);
+  for (int64_t o = outputs - 2; o >= 0; --o) {
+    const int64_t taps = strips.begin[o + 1] - strips.begin[o];
+    const BlurStrips::Tap *here = strips.taps.data() + strips.begin[o], *below = here + taps;
+    const bool same = (o + 1) % strip != 0 && strips.begin[o + 2] - strips.begin[o + 1] == taps &&
+                      std::equal(here, below, below, [](const BlurStrips::Tap& a, const BlurStrips::Tap& b) {
+                        return b.row == a.row + 1 && b.line == a.line && b.weight == a.weight;
+                      });
+    if (same) strips.repeats[o] = strips.repeats[o + 1] + 1;
+  }
   return strips;
 }
 

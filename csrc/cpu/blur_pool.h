@@ -68,6 +68,8 @@ struct BlurStrips {
   std::vector<BlurStrip> strips;
   std::vector<int64_t> begin;  // output o has the taps in [begin[o], begin[o + 1])
   std::vector<Tap> taps;
+  std::vector<int64_t>
+      repeats;  // how many outputs from o on have the taps of o, each a row further than the one before
   int64_t most_rows = 0, most_outputs = 0;  // of a strip
 };
 

@@ -24,6 +24,13 @@ struct Gather {
   Index index[kLanes<T>];  // into two vectors
   T weight[kLanes<T>];     // 0 for a lane without an input
   int64_t base;
+
+  // The same without weights.
+  Gather idle() const {
+    Gather gather = *this;
+    std::fill_n(gather.weight, kLanes<T>, T{});
+    return gather;
+  }
 };
 
 // A matrix for columns, applied to rows that follow each other. After `period` rows a vector begins where a row does,
@@ -38,48 +45,41 @@ class Gathers {
     constexpr int64_t kLong = 8 * kVector;
     period_ = outputs_ >= kLong ? 1 : kVector / std::gcd(outputs_, kVector);
     const int64_t count = period_ * outputs_;
+    std::vector<std::vector<Gather<T>>> vectors;
     for (int64_t first = 0; first < count; first += kVector) {
-      begin_.push_back(static_cast<int64_t>(gathers_.size()));
-      add_vector(matrix, first, std::min(kVector, count - first));
+      vectors.push_back(gathers_of(matrix, first, std::min(kVector, count - first)));
+      each_ = std::max(each_, static_cast<int64_t>(vectors.back().size()));
     }
-    begin_.push_back(static_cast<int64_t>(gathers_.size()));
+    for (std::vector<Gather<T>>& vector : vectors) {
+      vector.resize(each_, vector.empty() ? Gather<T>{} : vector[0].idle());
+      gathers_.insert(gathers_.end(), vector.begin(), vector.end());
+    }
   }
 
   // How many values beyond the last row of the input may be read, and count for nothing.
   int64_t overrun() const { return 2 * kVector + (kVector / outputs_ + 2) * inputs_; }
 
-  // Calls put(offset of the outputs, sum, how many of its lanes count) for all outputs of the rows.
+  // Calls put(offset of the outputs, sum, how many of its lanes count) for all outputs of the rows, in order.
   template <class Put>
   void apply(const T* from, int64_t rows, Put put) const {
-    const int64_t repeats = rows / period_, count = period_ * outputs_, rest = (rows - repeats * period_) * outputs_;
-    for (int64_t v = 0; v + 1 < static_cast<int64_t>(begin_.size()); ++v) {
-      const Gather<T>* gathers = gathers_.data() + begin_[v];
-      const int64_t first = v * kVector, lanes = std::min(kVector, count - first);
-      const auto sums = [&](auto number) {
-        sum<number()>(gathers, begin_[v + 1] - begin_[v], from, first, lanes, repeats, rest - first, put);
-      };
-      switch (begin_[v + 1] - begin_[v]) {
-        case 1:
-          sums(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          sums(std::integral_constant<int, 2>{});
-          break;
-        case 3:
-          sums(std::integral_constant<int, 3>{});
-          break;
-        case 4:
-          sums(std::integral_constant<int, 4>{});
-          break;
-        default:
-          sums(std::integral_constant<int, 0>{});
-      }
+    switch (each_) {
+      case 1:
+        return apply_each<1>(from, rows, put);
+      case 2:
+        return apply_each<2>(from, rows, put);
+      case 3:
+        return apply_each<3>(from, rows, put);
+      case 4:
+        return apply_each<4>(from, rows, put);
+      default:
+        return apply_each<0>(from, rows, put);
     }
   }
 
  private:
   // The gathers of the outputs from `first` on, counted over rows: lane by lane, every tap is the turn of one of them.
-  void add_vector(const BlurMatrix& matrix, int64_t first, int64_t lanes) {
+  std::vector<Gather<T>> gathers_of(const BlurMatrix& matrix, int64_t first, int64_t lanes) const {
+    std::vector<Gather<T>> gathers;
     const auto row_of = [&](int64_t l) { return (first + l) / outputs_; };
     const auto output_of = [&](int64_t l) { return (first + l) % outputs_; };
     const auto from = [&](int64_t l, int64_t tap) { return row_of(l) * inputs_ + matrix.taps[tap].from; };
@@ -91,7 +91,7 @@ class Gathers {
       for (int64_t l = 0; l < lanes; ++l) {
         if (!done(l)) base = std::min(base, from(l, next[l]));
       }
-      if (base == std::numeric_limits<int64_t>::max()) return;
+      if (base == std::numeric_limits<int64_t>::max()) return gathers;
       Gather<T> gather{{}, {}, base};
       for (int64_t l = 0; l < lanes; ++l) {
         // A lane whose turn it is not reads what it reads anyway, if that is there: 0 times infinity is not 0.
@@ -104,48 +104,35 @@ class Gathers {
         gather.weight[l] = static_cast<T>(matrix.taps[next[l]].weight);
         ++next[l];
       }
-      gathers_.push_back(gather);
+      gathers.push_back(gather);
     }
   }
 
-  // kCount gathers, which the compiler keeps in registers, or `count` of them if it is 0.
-  template <int kCount, class Put>
-  void sum(const Gather<T>* gathers, int64_t count, const T* from, int64_t first, int64_t lanes, int64_t repeats,
-           int64_t rest, Put put) const {
-    constexpr int kHeld = kCount > 0 ? kCount : 1;
-    Vec<T> weight[kHeld];
-    IntVec<T> index[kHeld];
-    const T* input[kHeld];
-    for (int g = 0; g < kCount; ++g) {
-      weight[g] = load(gathers[g].weight);
-      std::memcpy(&index[g], gathers[g].index, sizeof(index[g]));
-      input[g] = from + gathers[g].base;
-    }
-    const auto sum_at = [&](int64_t skip) {
-      Vec<T> total{};
-      if constexpr (kCount > 0) {
+  // kEach gathers for each vector, or as many as there are if it is 0.
+  template <int kEach, class Put>
+  void apply_each(const T* from, int64_t rows, Put put) const {
+    const int64_t each = kEach > 0 ? kEach : each_, period = period_, in_step = period * inputs_;
+    const int64_t out_step = period * outputs_, end = rows * outputs_;
+    const Gather<T>* const gathers = gathers_.data();
+    for (int64_t at = 0; at < end; at += out_step, from += in_step) {
+      const Gather<T>* gather = gathers;
+      const int64_t stop = std::min(out_step, end - at);
+      for (int64_t j = 0; j < stop; j += kVector, gather += each) {
+        Vec<T> sum{};
 #pragma GCC unroll 4
-        for (int g = 0; g < kCount; ++g) {
-          const T* p = input[g] + skip;
-          total = total + weight[g] * __builtin_shuffle(load(p), load(p + kVector), index[g]);
+        for (int64_t g = 0; g < each; ++g) {
+          const T* p = from + gather[g].base;
+          IntVec<T> index;
+          std::memcpy(&index, gather[g].index, sizeof(index));
+          sum = sum + load(gather[g].weight) * __builtin_shuffle(load(p), load(p + kVector), index);
         }
-      } else {
-        for (int64_t g = 0; g < count; ++g) {
-          const T* p = from + gathers[g].base + skip;
-          IntVec<T> lanes_of;
-          std::memcpy(&lanes_of, gathers[g].index, sizeof(lanes_of));
-          total = total + load(gathers[g].weight) * __builtin_shuffle(load(p), load(p + kVector), lanes_of);
-        }
+        put(at + j, sum, std::min(stop - j, kVector));
       }
-      return total;
-    };
-    const int64_t in_step = period_ * inputs_, out_step = period_ * outputs_;
-    for (int64_t r = 0; r < repeats; ++r) put(r * out_step + first, sum_at(r * in_step), lanes);
-    if (rest > 0) put(repeats * out_step + first, sum_at(repeats * in_step), std::min(lanes, rest));
+    }
   }
 
   int64_t inputs_, outputs_, period_;
-  std::vector<int64_t> begin_;  // vector v of a period is the sum of the gathers in [begin_[v], begin_[v + 1])
+  int64_t each_ = 0;  // gathers for each vector of a period
   std::vector<Gather<T>> gathers_;
 };
 
@@ -186,7 +173,7 @@ class BlurPlanes {
     plane_ = plane;
     const T* in = input(planes);
     if (rows_first_) {
-      combine_rows(in, call_.in_width, planes, combined_, call_.in_width);
+      combine_rows(in, call_.in_width, planes, combined_);
       S* out = output(plane);
       gathers_[0].apply(combined_, planes * strip_->outputs(),
                         [=](int64_t at, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(out + at, sum, lanes); });
@@ -198,10 +185,10 @@ class BlurPlanes {
                            [=](int64_t at, Vec<T> sum, int64_t lanes) { store_up_to(to + at, sum, lanes); });
     }
     if (call_.primal == nullptr) {
-      combine_rows(blurred_, call_.out_width, planes, output(plane), call_.out_width);
+      combine_rows(blurred_, call_.out_width, planes, output(plane));
       return;
     }
-    combine_rows(blurred_, call_.out_width, planes, combined_, call_.out_width);
+    combine_rows(blurred_, call_.out_width, planes, combined_);
     for (int64_t p = 0; p < planes; ++p) write_gradient(plane + p, combined_ + p * strip_->outputs() * call_.out_width);
   }
 
@@ -262,14 +249,16 @@ class BlurPlanes {
 
   // Every output row of the strip, a weighted sum of rows of `from`, into rows of `to` that follow each other.
   template <class To>
-  void combine_rows(const T* from, int64_t width, int64_t planes, To* to, int64_t length) const {
+  void combine_rows(const T* from, int64_t width, int64_t planes, To* to) const {
     const BlurStrips& strips = call_.strips;
     const T* rows[kMostHeld];
     T weights[kMostHeld];
     for (int64_t p = 0; p < planes; ++p, from += strip_->rows * width) {
-      for (int64_t o = strip_->first; o < strip_->last; ++o, to += length) {
+      for (int64_t o = strip_->first, repeats; o < strip_->last; o += repeats, to += repeats * width) {
         const BlurStrips::Tap* tap = strips.taps.data() + strips.begin[o];
         const int64_t taps = strips.begin[o + 1] - strips.begin[o];
+        repeats = std::min(strips.repeats[o], strip_->last - o);
+        const int64_t length = repeats * width;
         const auto take = [&](int64_t first, int64_t count) {
           for (int64_t t = 0; t < count; ++t) {
             rows[t] = from + tap[first + t].row * width + tap[first + t].line * line_size();
