@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/pages.h"
 #include "operators.h"
 
 namespace vitfast {
@@ -17,6 +18,7 @@ namespace {
 
 using cpu::AttentionProblem;
 using cpu::BiasView;
+using cpu::on_huge_pages;
 using cpu::SequenceView;
 using torch::headeronly::ScalarType;
 
@@ -154,14 +156,14 @@ std::tuple<Tensor, Tensor> attention_cpu(Tensor query, Tensor key, Tensor value,
                                          double scale, bool return_lse) {
   const Shape shape = shape_of(query, key, value);
   const Tensor out = torch::stable::transpose(
-      torch::stable::new_empty(query, {shape.batch, shape.queries, shape.heads, shape.dim}), 1, 2);
+      on_huge_pages(torch::stable::new_empty(query, {shape.batch, shape.queries, shape.heads, shape.dim})), 1, 2);
   return forward(shape, view_of(query), view_of(key), view_of(value), bias, scale, return_lse, out, view_of(out));
 }
 
 std::tuple<Tensor, Tensor> attention_qkvpacked_cpu(Tensor qkv, std::optional<Tensor> bias, double scale,
                                                    bool return_lse) {
   const Shape shape = shape_of(qkv);
-  const Tensor out = torch::stable::new_empty(qkv, {shape.batch, shape.queries, shape.heads, shape.dim});
+  const Tensor out = on_huge_pages(torch::stable::new_empty(qkv, {shape.batch, shape.queries, shape.heads, shape.dim}));
   return forward(shape, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, scale, return_lse, out,
                  tokens_first_view(out));
 }
@@ -171,8 +173,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad, T
                                                                   double scale) {
   const Shape shape = shape_of(query, key, value);
   check_outputs(shape, grad, out, false);
-  const Tensor grad_query = torch::stable::empty_like(query), grad_key = torch::stable::empty_like(key),
-               grad_value = torch::stable::empty_like(value);
+  const Tensor grad_query = on_huge_pages(torch::stable::empty_like(query)),
+               grad_key = on_huge_pages(torch::stable::empty_like(key)),
+               grad_value = on_huge_pages(torch::stable::empty_like(value));
   const Tensor bias_grad =
       backward(shape, grad, view_of(grad), view_of(query), view_of(key), view_of(value), bias, lse, scale,
                view_of(grad_query), view_of(grad_key), view_of(grad_value), {grad_query, grad_key, grad_value});
@@ -183,7 +186,7 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor 
                                                             Tensor out, Tensor lse, double scale) {
   const Shape shape = shape_of(qkv);
   check_outputs(shape, grad, out, true);
-  const Tensor grad_qkv = torch::stable::empty_like(qkv);
+  const Tensor grad_qkv = on_huge_pages(torch::stable::empty_like(qkv));
   const Tensor bias_grad = backward(shape, grad, tokens_first_view(grad), packed_view(qkv, 0), packed_view(qkv, 1),
                                     packed_view(qkv, 2), bias, lse, scale, packed_view(grad_qkv, 0),
                                     packed_view(grad_qkv, 1), packed_view(grad_qkv, 2), {grad_qkv});

@@ -12,6 +12,7 @@
 
 #include "blur_pool_maps.h"
 #include "cpu/dispatch.h"
+#include "cpu/pages.h"
 #include "operators.h"
 
 namespace vitfast {
@@ -292,7 +293,7 @@ Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std
   check_map(x, channels_last);
   BlurCall call = call_of(x, x.size(2), x.size(3), kernel, {stride, padding, padding_mode}, channels_last, false);
   set_prologue(call, scale, shift, activation, temperature, x.scalar_type());
-  const Tensor out = new_map(x, call.out_height, call.out_width, channels_last);
+  const Tensor out = cpu::on_huge_pages(new_map(x, call.out_height, call.out_width, channels_last));
   call.in = x.data_ptr();
   call.out = out.data_ptr();
   if (!empty(out)) kernels().run(call);
@@ -311,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
   BlurCall call = call_of(grad, size[0], size[1], kernel, {stride, padding, padding_mode}, channels_last, true);
   check_blur(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
   set_prologue(call, scale, shift, activation, temperature, grad.scalar_type());
-  const Tensor grad_x = new_map(grad, size[0], size[1], channels_last);
+  const Tensor grad_x = cpu::on_huge_pages(new_map(grad, size[0], size[1], channels_last));
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();
   Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);
