@@ -42,6 +42,7 @@ from vitfast.ops._rules import (
     require_compilable,
     unfold_bias_grad,
     unmapped_shape,
+    with_signature,
 )
 from vitfast.ops.backend import choose
 
@@ -153,6 +154,7 @@ def _triton_backward(grad, *arguments):
 # ---- differentiation -----------------------------------------------------------------------------------------------
 
 
+@with_signature
 class Attention(torch.autograd.Function):
     """(spec, bias, *qkv) -> (output, logsumexp); the logsumexp is a constant to autograd."""
 
@@ -203,6 +205,7 @@ class Attention(torch.autograd.Function):
         return (out.unflatten(at, (size, heads)), lse.unflatten(1, (size, heads))), (at, 1)
 
 
+@with_signature
 class AttentionBackward(torch.autograd.Function):
     """(spec, bias, out, lse, grad, *qkv) -> gradients of qkv, then of the bias if there is one.
 

@@ -34,6 +34,7 @@ from vitfast.ops._rules import (
     may_be_differentiated,
     records_gradients,
     require_compilable,
+    with_signature,
 )
 from vitfast.ops.backend import choose
 from vitfast.reference.blur_pool import ACTIVATIONS, PADDING_MODES, prologue, prologue_backward
@@ -181,6 +182,7 @@ def _is_plain(grad: Tensor) -> bool:
     return not (torch.is_grad_enabled() or is_transformed() or is_batched_gradient(grad))
 
 
+@with_signature
 class Blur(torch.autograd.Function):
     """(spec, kernel, x) -> A x."""
 
@@ -215,6 +217,7 @@ class Blur(torch.autograd.Function):
         return _unfold(Blur.apply(spec, kernel, _fold(x, in_dims[2])), info), 0
 
 
+@with_signature
 class BlurTransposed(torch.autograd.Function):
     """(spec, size, kernel, grad) -> A^T grad, whose height and width are ``size``."""
 
@@ -257,6 +260,7 @@ def _apply_transposed(spec: Spec, size: tuple[int, int], kernel: Tensor, grad: T
     return BlurTransposed.apply(spec, size, kernel, grad)
 
 
+@with_signature
 class BlurPrologue(torch.autograd.Function):
     """(spec, kernel, x, scale, shift) -> A activation(scale x + shift). Called outside of transforms only."""
 

@@ -39,6 +39,7 @@ from vitfast.ops._rules import (
     require_compilable,
     unfold_bias_grad,
     unmapped_shape,
+    with_signature,
 )
 from vitfast.ops.backend import choose
 
@@ -140,6 +141,7 @@ def _triton_backward(grad, *arguments):
 # ---- differentiation -----------------------------------------------------------------------------------------------
 
 
+@with_signature
 class WindowAttention(torch.autograd.Function):
     """(spec, bias, *qkv) -> (output, logsumexp); the logsumexp is a constant to autograd."""
 
@@ -185,6 +187,7 @@ class WindowAttention(torch.autograd.Function):
         return (out.unflatten(3, (size, heads)), lse.unflatten(1, (size, heads))), (3, 1)
 
 
+@with_signature
 class WindowAttentionBackward(torch.autograd.Function):
     """(spec, bias, lse, grad, *qkv) -> gradients of qkv, then of the bias if there is one.
 
