@@ -56,5 +56,7 @@ PYBIND11_MODULE(_C, m) {
         "Forces an instruction set ('baseline', 'avx2', 'avx512') for all later calls; None chooses the best again.");
   m.def("scratch_bytes", &ScratchMeter::peak,
         "The most scratch memory that kernels held at one time since the last reset.");
+  m.def("poison_scratch", &Scratch::poison, py::arg("poisoned"),
+        "Whether scratch memory is full of NaN before kernels write to it: for tests.");
   m.def("reset_scratch_bytes", &ScratchMeter::reset, "Starts the measurement of scratch_bytes anew.");
 }

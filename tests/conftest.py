@@ -15,9 +15,16 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Every tensor that PyTorch allocates without a value is NaN: what a kernel forgets to write is seen."""
+    """Tensors that PyTorch allocates without a value are NaN, and so is the kernels' scratch memory.
+
+    What a kernel forgets to write, or reads without having written it, is seen.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if _extension.available():
+        _extension.require().poison_scratch(True)
     yield
+    if _extension.available():
+        _extension.require().poison_scratch(False)
     torch.use_deterministic_algorithms(False)
 
 

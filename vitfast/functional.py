@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
 import torch
@@ -549,7 +550,7 @@ def _check_padding(padding, mode: str, kernel: Tensor) -> tuple[int, int, int, i
     if mode not in (*PADDING_MODES, "none"):
         raise ValueError(f"padding_mode must be one of {', '.join((*PADDING_MODES, 'none'))}; got {mode!r}")
     if mode == "none":
-        if padding not in (None, 0):
+        if padding not in (None, 0) and any(integer_pair("padding", padding)):
             raise ValueError(f"padding_mode='none' takes no padding; got padding={padding}")
         return (0, 0, 0, 0)
     if padding is None:
@@ -572,6 +573,6 @@ def _check_activation(activation: str | None, temperature: float) -> float:
         raise ValueError(f"activation must be one of {names}; got {activation!r}")
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number; got {temperature!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive; got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
     return float(temperature)

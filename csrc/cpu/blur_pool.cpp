@@ -37,7 +37,8 @@ struct Lines {
   std::vector<std::vector<double>> columns;  // its lines; a single one serves all rows
 };
 
-Lines lines_of(const Tensor& kernel) {
+// `exact`: for maps of float64.
+Lines lines_of(const Tensor& kernel, bool exact) {
   const int64_t height = kernel.size(0), width = kernel.size(1);
   const double* values = static_cast<const double*>(kernel.data_ptr());
   const double* pivot =
@@ -46,14 +47,14 @@ Lines lines_of(const Tensor& kernel) {
   const int64_t pivot_column = (pivot - values) % width;
   Lines lines;
   lines.columns.emplace_back(pivot_row, pivot_row + width);
-  // A kernel that was multiplied out in float32 is an outer product but for rounding, and taken as one.
-  constexpr double kRounding = 1e-7;
+  // A kernel that was multiplied out in the maps' dtype is an outer product but for rounding, and taken as one.
+  const double rounding = exact ? 1e-15 : 1e-7;
   bool separable = true;
   for (int64_t y = 0; y < height; ++y) {
     lines.rows.push_back(*pivot == 0 ? 1 : values[y * width + pivot_column] / *pivot);
     for (int64_t x = 0; x < width; ++x) {
       const double value = values[y * width + x];
-      separable = separable && std::abs(value - lines.rows[y] * pivot_row[x]) <= kRounding * std::abs(value);
+      separable = separable && std::abs(value - lines.rows[y] * pivot_row[x]) <= rounding * std::abs(value);
     }
   }
   if (!separable) {
@@ -241,7 +242,7 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   const auto& [stride, padding, mode] = options;
   const Geometry rows = geometry_of(height, kernel.size(0), stride[0], padding[2], padding[3], mode);
   const Geometry columns = geometry_of(width, kernel.size(1), stride[1], padding[0], padding[1], mode);
-  const Lines lines = lines_of(kernel);
+  const Lines lines = lines_of(kernel, like.scalar_type() == ScalarType::Double);
 
   BlurCall call{};
   call.storage = cpu::storage_of(like.scalar_type());

@@ -21,15 +21,19 @@ namespace {
 template <class T>
 struct Gather {
   using Index = typename VecOf<T>::Int;
-  Index index[kLanes<T>];  // into two vectors
-  T weight[kLanes<T>];     // 0 for a lane without an input
-  int64_t base;
+  Index index[kLanes<T>] = {};  // into two vectors
+  // All bits set, or none for a lane without an input: what it reads is none of its own, and 0 times NaN is not 0.
+  Index present[kLanes<T>] = {};
+  T weight[kLanes<T>] = {};
+  int64_t base = 0;
 
-  // The same without weights.
-  Gather idle() const {
-    Gather gather = *this;
-    std::fill_n(gather.weight, kLanes<T>, T{});
-    return gather;
+  Vec<T> operator()(const T* from) const {
+    const T* p = from + base;
+    IntVec<T> lanes, mask;
+    std::memcpy(&lanes, index, sizeof(lanes));
+    std::memcpy(&mask, present, sizeof(mask));
+    const Vec<T> inputs = __builtin_shuffle(load(p), load(p + kLanes<T>), lanes);
+    return load(weight) * (Vec<T>)((IntVec<T>)inputs & mask);
   }
 };
 
@@ -51,7 +55,7 @@ class Gathers {
       each_ = std::max(each_, static_cast<int64_t>(vectors.back().size()));
     }
     for (std::vector<Gather<T>>& vector : vectors) {
-      vector.resize(each_, vector.empty() ? Gather<T>{} : vector[0].idle());
+      vector.resize(each_, Gather<T>{});
       gathers_.insert(gathers_.end(), vector.begin(), vector.end());
     }
   }
@@ -92,15 +96,12 @@ class Gathers {
         if (!done(l)) base = std::min(base, from(l, next[l]));
       }
       if (base == std::numeric_limits<int64_t>::max()) return gathers;
-      Gather<T> gather{{}, {}, base};
+      Gather<T> gather;
+      gather.base = base;
       for (int64_t l = 0; l < lanes; ++l) {
-        // A lane whose turn it is not reads what it reads anyway, if that is there: 0 times infinity is not 0.
-        const int64_t own = matrix.begin[output_of(l)];
-        const bool any = own < matrix.begin[output_of(l) + 1];
-        const int64_t idle = any ? from(l, own) - base : 0;
-        if (0 <= idle && idle < 2 * kVector) gather.index[l] = static_cast<typename Gather<T>::Index>(idle);
         if (done(l) || from(l, next[l]) - base >= 2 * kVector) continue;
         gather.index[l] = static_cast<typename Gather<T>::Index>(from(l, next[l]) - base);
+        gather.present[l] = -1;
         gather.weight[l] = static_cast<T>(matrix.taps[next[l]].weight);
         ++next[l];
       }
@@ -120,12 +121,7 @@ class Gathers {
       for (int64_t j = 0; j < stop; j += kVector, gather += each) {
         Vec<T> sum{};
 #pragma GCC unroll 4
-        for (int64_t g = 0; g < each; ++g) {
-          const T* p = from + gather[g].base;
-          IntVec<T> index;
-          std::memcpy(&index, gather[g].index, sizeof(index));
-          sum = sum + load(gather[g].weight) * __builtin_shuffle(load(p), load(p + kVector), index);
-        }
+        for (int64_t g = 0; g < each; ++g) sum = sum + gather[g](from);
         put(at + j, sum, std::min(stop - j, kVector));
       }
     }

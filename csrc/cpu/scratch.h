@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <new>
 
 namespace vitfast::cpu {
@@ -33,6 +34,7 @@ class Scratch {
   explicit Scratch(int64_t bytes)
       : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment}))) {
     ScratchMeter::add(bytes_);
+    if (poisoned_) std::memset(data_, 0xff, bytes);
   }
   ~Scratch() {
     ScratchMeter::remove(bytes_);
@@ -43,7 +45,12 @@ class Scratch {
 
   std::byte* data() const { return data_; }
 
+  // For tests: new blocks are full of NaN, so that what a kernel reads without having written it is seen.
+  static void poison(bool poisoned) { poisoned_ = poisoned; }
+
  private:
+  static inline std::atomic<bool> poisoned_{false};
+
   int64_t bytes_;
   std::byte* data_;
 };

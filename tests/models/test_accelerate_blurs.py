@@ -8,7 +8,7 @@ import pytest
 import torch
 from kornia.filters import BlurPool2D, MaxBlurPool2D
 from modules import assert_same, output_and_gradients
-from timm.layers import BlurPool2d
+from timm.layers import BlurPool2d, ConvNormAct
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
@@ -48,6 +48,15 @@ def mixed_network():
     )
 
 
+def convolutions_of_timm():
+    """`ConvNormAct` with a ReLU and with another activation."""
+    return nn.Sequential(
+        ConvNormAct(3, 6, 3, stride=2, aa_layer=BlurPool2d),
+        ConvNormAct(6, 6, 3, stride=2, aa_layer=BlurPool2d, act_layer=nn.SiLU),
+        ConvNormAct(6, 6, 3),
+    )
+
+
 # name -> (model, classes of what is replaced)
 MODELS = {
     "timm ResNet": (lambda: timm_resnet(BasicBlock), 3 * ["BasicBlock"] + 4 * ["BlurPool2d"]),
@@ -57,6 +66,7 @@ MODELS = {
         3 * ["Bottleneck"] + 4 * ["BlurPool2d"],
     ),
     "kornia": (kornia_network, ["Sequential", "BlurPool2D", "MaxBlurPool2D"]),
+    "timm ConvNormAct": (convolutions_of_timm, ["ConvNormAct", "BlurPool2d", "BlurPool2d"]),
     "mixed": (mixed_network, ["Sequential", "BlurPool2d", "BlurPool2d"]),
 }
 
@@ -117,6 +127,15 @@ def test_normalisation_and_activation_are_part_of_the_blur(name, blurs, calls):
     model(images)
     assert [options.get("scale") for options in calls] == [None] * blurs
     assert sum(options.get("activation") is not None for options in calls) == fused
+
+
+def test_normalisation_with_an_activation_of_its_own_is_part_of_the_blur(calls):
+    model, images = made("timm ConvNormAct")
+    vitfast.accelerate(model)
+    calls.clear()
+    model(images)
+    assert [options.get("activation") for options in calls] == ["relu", None]
+    assert calls[0]["scale"] is not None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -189,6 +208,13 @@ def test_filters_that_differ_between_channels_are_kept():
         "1": "BlurPool2d: its filter has 9 taps, more than 7",
         "2": "BlurPool2D: its kernel has 9 taps, more than 7",
     }
+
+
+def test_filters_without_values_are_kept():
+    with torch.device("meta"):
+        blur = BlurPool2d(3)
+    report = vitfast.accelerate(nn.Sequential(blur), report=True)
+    assert report.kept == {"0": "BlurPool2d: its filter has no values yet, it is on the meta device"}
 
 
 def test_compiles_without_a_graph_break():

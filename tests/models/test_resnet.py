@@ -84,6 +84,15 @@ def test_smoothing_keeps_the_size_of_maps_and_follows_every_stage(name):
     assert sizes == [(32, 32), (16, 16), (8, 8), (4, 4)]
 
 
+@pytest.mark.parametrize("name", ["Tanh", "ReLu", "Scaling"])
+def test_blocks_without_a_blur_keep_the_size_in_the_authors_way_too(name):
+    model = create_model("resnet_18", smoothing=name, compat="hdvw", width=4, stem=False)
+    seen = []
+    model.smooth1.register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == [(torch.Size([1, 4, 32, 32]),) * 2]
+
+
 def test_smoothing_by_name_by_function_and_by_stage():
     options = {"width": 4, "stem": False}
     named = create_model("resnet_18", smoothing="BNBlur", num_smoothings=(0, 2, 0, 0), **options)

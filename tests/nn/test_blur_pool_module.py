@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 
 import libraries  # noqa: F401
@@ -76,6 +77,18 @@ def test_kernel_is_no_parameter_and_not_in_the_state_dict():
     assert not pool.state_dict()
     assert pool.double().kernel.dtype == torch.float64
     assert "3x3 taps" in repr(pool)
+
+
+def test_taps_that_are_a_parameter_are_copied_as_numbers():
+    blur = BlurPool2d(kernel=torch.nn.Parameter(torch.tensor([0.25, 0.5, 0.25])))
+    assert not blur.kernel.requires_grad
+    copy.deepcopy(blur)
+
+
+def test_no_padding():
+    x = torch.randn(2, 3, 9, 8)
+    expected = BlurPool2d(padding=0, pad_mode="zeros")(x)
+    assert_close(BlurPool2d(pad_mode="none")(x), expected)
 
 
 @pytest.mark.parametrize("padding", [0, 1])

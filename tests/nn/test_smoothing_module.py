@@ -146,8 +146,10 @@ def test_bad_input():
         Smoothing2d(3, "gelu")
     with pytest.raises(ValueError, match="there is no smoothing block 'tanhblur'; there are: Blur, TanhBlur"):
         Smoothing2d.named("tanhblur", 3)
-    with pytest.raises(ValueError, match="temperature must be above 0; got -1"):
+    with pytest.raises(ValueError, match="temperature must be above 0, and finite but for 'relu'; got -1"):
         Smoothing2d(3, temperature=-1)
+    with pytest.raises(ValueError, match="temperature must be above 0, and finite but for 'relu'; got inf"):
+        Smoothing2d(3, "tanh", temperature=float("inf"))
     with pytest.raises(TypeError, match="temperature must be a number; got 'hot'"):
         Smoothing2d(3, temperature="hot")
     with pytest.raises(ValueError, match=r"x must have 3 channels, \(B, 3, H, W\); got \(1, 4, 2, 2\)"):

@@ -25,6 +25,7 @@ from vitfast.models.residual import (
 )
 from vitfast.nn import Smoothing2d
 from vitfast.nn._checks import probability
+from vitfast.nn.smoothing import UNBLURRED_BLOCKS
 
 
 class ResNet(ResidualNetwork):
@@ -92,8 +93,8 @@ def _make_smoothing(smoothing: str | MakeSmoothing | None, compat: str | None) -
         return nn.Identity
     if not isinstance(smoothing, str):
         return smoothing
-    growing = {"padding": 1, "pad_mode": "zeros"}
-    return partial(Smoothing2d.named, smoothing, **(growing if compat else {}))
+    growing = {"padding": 1, "pad_mode": "zeros"} if compat and smoothing not in UNBLURRED_BLOCKS else {}
+    return partial(Smoothing2d.named, smoothing, **growing)
 
 
 _VARIANTS = {

@@ -42,9 +42,9 @@ def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     return functional.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
-def folds(norm: nn.Module) -> bool:
+def folds(norm: nn.Module, kind: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> bool:
     """Whether a module is a batch normalisation that is one scale and shift per channel now, and nobody looks at it."""
-    return type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None and not has_hooks(norm)
+    return type(norm) is kind and not norm.training and norm.running_mean is not None and not has_hooks(norm)
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ class BlurPool2d(nn.Module):
         channels: if given, inputs must have so many.
         filt_size: taps of the filter, 1 to 7.
         stride: one integer or (rows, columns).
-        pad_mode: "reflect", "replicate", "circular", or "zeros", which "constant" stands for as well.
+        pad_mode: "reflect", "replicate", "circular", or "zeros", which "constant" stands for as well; "none" for no
+            padding at all.
         kernel: "pascal", binomial coefficients; "box", the mean; or taps of your own, a sequence of numbers or a tensor
             of shape (K,) or (K, L). All but a tensor are normalised to sum to 1; of them, ``filt_size`` is the length.
         padding: as in `vitfast.functional.blur_pool2d`; "same" for ceil(H / stride) rows and ceil(W / stride) columns;
@@ -64,6 +65,8 @@ class BlurPool2d(nn.Module):
 
     def _padding(self, padding: Padding) -> int | tuple[int, ...] | None:
         """What `blur_pool2d` takes; its None is "same" here."""
+        if self.pad_mode == "none" and padding is None:
+            return 0
         if padding is None:
             rows, columns = ((s + k - 2) // 2 for s, k in zip(self.stride, self.kernel.shape, strict=True))
             return (columns, columns, rows, rows)
@@ -122,7 +125,8 @@ class MaxBlurPool2d(BlurPool2d):
 def _kernel(kernel: str | Sequence[float] | Tensor, filt_size: int) -> Tensor:
     """(K, L)."""
     if isinstance(kernel, Tensor):
-        return torch.outer(kernel, kernel) if kernel.dim() == 1 else kernel.detach().clone()
+        taps = kernel.detach()
+        return torch.outer(taps, taps) if taps.dim() == 1 else taps.clone()
     if not isinstance(kernel, str):
         taps = torch.tensor([float(tap) for tap in kernel])
         if taps.sum() == 0:

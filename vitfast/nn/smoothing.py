@@ -36,6 +36,7 @@ BLOCKS = {
     "ReLu": {"activation": "relu", "temperature": 6.0, **_UNBLURRED},
     "Scaling": {"activation": "scaling", **_UNBLURRED},
 }
+UNBLURRED_BLOCKS = tuple(name for name, options in BLOCKS.items() if options.get("filt_size") == 1)
 
 
 class Smoothing2d(BlurPool2d):
@@ -94,7 +95,7 @@ class Smoothing2d(BlurPool2d):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
         self.activation = activation
-        self.temperature = ACTIVATIONS[activation] if temperature is None else _above_zero(temperature)
+        self.temperature = ACTIVATIONS[activation] if temperature is None else _checked(temperature, activation)
         self.bn = nn.BatchNorm2d(channels, device=device, dtype=dtype) if norm else nn.Identity()
         if activation == "scaling":
             self.kernel /= self.temperature
@@ -154,9 +155,9 @@ class Smoothing2d(BlurPool2d):
         )
 
 
-def _above_zero(temperature: float) -> float:
+def _checked(temperature: float, activation: str | None) -> float:
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number; got {temperature!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}")
+    if not temperature > 0 or (math.isinf(temperature) and activation != "relu"):
+        raise ValueError(f"temperature must be above 0, and finite but for 'relu'; got {temperature}")
     return float(temperature)

@@ -34,7 +34,12 @@ def takes(x: Tensor) -> bool:
 
 def may_fuse(norm: nn.Module, activation: nn.Module, blur: nn.Module) -> bool:
     """Whether the three can be one pass in evaluation mode."""
-    return type(norm) is nn.BatchNorm2d and type(activation) in _ACTIVATIONS and _is_blur(blur)
+    return type(norm) is nn.BatchNorm2d and may_fuse_activation(activation, blur)
+
+
+def may_fuse_activation(activation: nn.Module, blur: nn.Module) -> bool:
+    """Whether the two can be one pass."""
+    return type(activation) in _ACTIVATIONS and _is_blur(blur)
 
 
 def blur_after_norm(norm: nn.Module, activation: nn.Module, blur: nn.Module, x: Tensor) -> Tensor:
@@ -42,14 +47,26 @@ def blur_after_norm(norm: nn.Module, activation: nn.Module, blur: nn.Module, x: 
 
     Where somebody looks at what is between them, or the blur has no kernel, the three are called one by one.
     """
-    fused = isinstance(blur, FusedBlur) or type(blur) is BlurPool2d
-    if not fused or has_hooks(activation) or has_hooks(blur) or not takes(x):
+    if has_hooks(activation) or not _serves(blur, x):
         return blur(activation(norm(x)))
-    scale = shift = None
     if folds(norm):
-        scale, shift = scale_and_shift(norm)
-    else:
-        x = norm(x)
+        return _one_pass(*scale_and_shift(norm), activation, blur, x)
+    return _one_pass(None, None, activation, blur, norm(x))
+
+
+def blur_after_norm_act(norm_act: nn.BatchNorm2d, activation: nn.Module, blur: nn.Module, x: Tensor) -> Tensor:
+    """blur(norm_act(x)) of a normalisation that applies its activation itself; one pass over x in evaluation mode."""
+    if not folds(norm_act, type(norm_act)) or not _serves(blur, x):
+        return blur(norm_act(x))
+    return _one_pass(*scale_and_shift(norm_act), activation, blur, x)
+
+
+def _serves(blur: nn.Module, x: Tensor) -> bool:
+    """Whether the fused function may take the place of a blur of x."""
+    return (isinstance(blur, FusedBlur) or type(blur) is BlurPool2d) and not has_hooks(blur) and takes(x)
+
+
+def _one_pass(scale: Tensor | None, shift: Tensor | None, activation: nn.Module, blur: nn.Module, x: Tensor) -> Tensor:
     options = blur.blur_options() | {"activation": _ACTIVATIONS[type(activation)]}
     return functional.blur_pool2d(x, scale=scale, shift=shift, **options)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 
-from timm.layers import Attention, BlurPool2d, Mlp
+from timm.layers import Attention, BatchNormAct2d, BlurPool2d, ConvNormAct, Mlp
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
-from vitfast.models.acceleration.blurs import BLURS, FusedBlur, blur_after_norm, may_fuse, takes
+from vitfast.models.acceleration.blurs import (
+    BLURS,
+    FusedBlur,
+    blur_after_norm,
+    blur_after_norm_act,
+    may_fuse,
+    may_fuse_activation,
+    takes,
+)
 from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 
 
@@ -78,6 +86,13 @@ class FusedBlurPool2d(BlurPool2d, FusedBlur):
         return functional.blur_pool2d(x, **self.blur_options()) if takes(x) else super().forward(x)
 
 
+class FusedConvNormAct(ConvNormAct):
+    """timm's convolution with normalisation and ReLU, which are one pass with the blur in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return blur_after_norm_act(self.bn, self.bn.act, self.aa, self.conv(x))
+
+
 class FusedBasicBlock(BasicBlock):
     """timm's ResNet block, in which normalisation, ReLU and blur are one pass in evaluation mode."""
 
@@ -124,7 +139,14 @@ def _lacks(parts: tuple[str, ...], module: nn.Module) -> str | None:
 def _is_no_single_blur(blur: BlurPool2d) -> str | None:
     if blur.filt_size > 7:
         return f"its filter has {blur.filt_size} taps, more than 7"
+    if blur.filt.is_meta:
+        return "its filter has no values yet, it is on the meta device"
     return None if (blur.filt == blur.filt[:1]).all() else "its filter is not the same for all channels"
+
+
+def _has_norm_act_and_blur(layer: ConvNormAct) -> bool:
+    norm, kept = layer.bn, nn.Identity
+    return type(norm) is BatchNormAct2d and type(norm.drop) is kept and may_fuse_activation(norm.act, layer.aa)
 
 
 def _has_other_attention(block: nn.Module) -> str | None:
@@ -137,6 +159,7 @@ ADAPTATIONS = {
     Attention: Adaptation(FusedAttention, partial(_lacks, _ATTENTION_PARTS)),
     Mlp: Adaptation(FusedMlp, partial(_lacks, _MLP_PARTS)),
     BlurPool2d: Adaptation(FusedBlurPool2d, _is_no_single_blur),
+    ConvNormAct: Adaptation(FusedConvNormAct, applies=_has_norm_act_and_blur),
     BasicBlock: Adaptation(FusedBasicBlock, applies=lambda block: may_fuse(block.bn1, block.act1, block.aa)),
     Bottleneck: Adaptation(FusedBottleneck, applies=lambda block: may_fuse(block.bn2, block.act2, block.aa)),
     SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock, _has_other_attention, parts=("attn",)),
