@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,15 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
-        """Launch on the current stream of the device of the first tensor, which need not be the current device."""
-        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        with torch.cuda.device_of(tensor):
+        """Launch on the current stream of the device of the first tensor, which need not be the current device.
+
+        Raises:
+            RuntimeError: Triton interprets its kernels, and a tensor is bfloat16.
+        """
+        tensors = [value for value in self.arguments.values() if isinstance(value, torch.Tensor)]
+        if triton.knobs.runtime.interpret and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            raise RuntimeError(
+                "Triton's interpreter multiplies bfloat16 wrongly: take float16 or float32 there, or a GPU"
+            )
+        with torch.cuda.device_of(tensors[0]):
             self.kernel[(self.programs,)](**self.arguments, **self.options)

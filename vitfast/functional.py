@@ -293,6 +293,8 @@ def window_attention(
     window, offset = _check_window(window_size, shift)
     ratio = _check_ratio(query, key, window, offset)
     bias = _check_bias(bias, query, window, ratio)
+    if bias is None:
+        window, offset = _cropped(window, offset, query)
     return _window_attention.window_attention((query, key, value), bias, window, offset, _check_scale(scale, query))
 
 
@@ -325,6 +327,8 @@ def window_attention_qkvpacked(
         )
     window, offset = _check_window(window_size, shift)
     bias = _check_bias(bias, qkv, window, (1, 1))
+    if bias is None:
+        window, offset = _cropped(window, offset, qkv)
     return _window_attention.window_attention((qkv,), bias, window, offset, _check_scale(scale, qkv))
 
 
@@ -441,6 +445,26 @@ def _check_window(window_size, shift) -> tuple[tuple[int, int], tuple[int, int]]
     return window, offset
 
 
+def _cropped(window: tuple[int, int], shift: tuple[int, int], maps: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A window and shift that cut maps (B, H, W, ...) into the same pieces, with windows no larger than the map.
+
+    A window far larger than its map costs a kernel nothing, but plain PyTorch pads maps to full windows.
+    """
+    if torch.compiler.is_compiling():  # sizes may be symbols, which a comparison would bind
+        return window, shift
+    pairs = [_cropped_axis(w, s, size) for w, s, size in zip(window, shift, maps.shape[1:3], strict=True)]
+    return tuple(w for w, _ in pairs), tuple(s for _, s in pairs)
+
+
+def _cropped_axis(window: int, shift: int, size: int) -> tuple[int, int]:
+    if window <= size or size == 0:
+        return window, shift
+    if shift == 0 or shift >= size:  # one window holds all
+        return size, 0
+    larger = max(shift, size - shift)  # of two windows
+    return larger, shift % larger
+
+
 def _check_ratio(query: Tensor, key: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
     """By how much the key map is smaller than the query map, in rows and columns."""
     ratio = []
@@ -507,7 +531,7 @@ def _check_scale(scale: float | None, query: Tensor) -> float:
         raise ValueError(f"the head dimension D must be at least 1; got {tuple(query.shape)}")
     if scale is None:
         return query.shape[-1] ** -0.5
-    if not isinstance(scale, Real):
+    if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a Python number or None; got {type(scale).__name__}")
     return float(scale)
 

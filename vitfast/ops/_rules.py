@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vitfast.ops import _extension
 from vitfast.ops.backend import BackendError
@@ -53,6 +55,59 @@ def require_compilable(operator: str, backend: str, device: torch.device) -> Non
     _extension.require()  # it registers the operators, the Triton kernels' too
     if backend == "triton" and device.type == "cpu":
         raise BackendError(f"{operator}: Triton's interpreter cannot run inside of torch.compile; compile without it")
+
+
+# ---- registered operators ------------------------------------------------------------------------------------------
+
+
+class _DefinedForTangents:
+    """What `torch.library.register_autograd` takes as a library; see `register_autograd`."""
+
+    def __init__(self, namespace: str, definition: Callable):
+        self._library = torch.library.Library(namespace, "FRAGMENT")
+        self._definition = definition
+
+    def impl(self, name: str, kernel: Callable, dispatch_key: str, **options) -> None:
+        def guarded(keyset, *arguments):
+            if forward_ad_active() and any(map(has_tangent, arguments)):
+                return self._definition(*arguments)
+            return kernel(keyset, *arguments)
+
+        self._library.impl(name, guarded, dispatch_key, **options)
+
+
+_libraries: list[_DefinedForTangents] = []  # what a library registers lives as long as the library
+
+
+def register_autograd(operator: str, backward: Callable, *, setup_context: Callable, definition: Callable) -> None:
+    """`torch.library.register_autograd`, and for tensors with tangents the definition.
+
+    An operator that is registered has no rule for forward mode, and PyTorch would return tangents of zero without a
+    word: in exported programs and other traced graphs, which call the operator itself.
+
+    Args:
+        definition: the operator in operations of PyTorch, with the same arguments and results.
+    """
+    library = _DefinedForTangents(operator.split("::")[0], definition)
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=library)
+    _libraries.append(library)
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """x with its dimensions in the order in memory that those of ``like`` have, as kernels write their results."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    inverse = [order.index(i) for i in range(like.dim())]
+    return x.permute(order).contiguous().permute(inverse)
+
+
+def has_tangent(value: object) -> bool:
+    """Whether forward-mode differentiation follows a tensor."""
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+def without_tangents(values: tuple) -> tuple:
+    """The values without their tangents."""
+    return tuple(forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value for value in values)
 
 
 # ---- calls of a Function ---------------------------------------------------------------------------------------------

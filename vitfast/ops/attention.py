@@ -36,13 +36,16 @@ from vitfast.ops._rules import (
     forward_ad_active,
     forward_ad_is_nested,
     is_transformed,
+    laid_out_as,
     lse_dtype,
     may_be_differentiated,
     records_gradients,
+    register_autograd,
     require_compilable,
     unfold_bias_grad,
     unmapped_shape,
     with_signature,
+    without_tangents,
 )
 from vitfast.ops.backend import choose
 
@@ -162,8 +165,9 @@ class Attention(torch.autograd.Function):
     def forward(spec, bias, *qkv):
         out, lse = _forward(spec, bias, qkv, return_lse=True)
         # The output is a transposed view. Autograd must not see one: it refuses to change views that a Function returns
-        # in place, and takes only tangents that have the strides of a view.
-        return out.detach(), lse
+        # in place, and takes only tangents that have the strides of a view. Nor may it be detached: the graph of a
+        # traced call would lose its tangent there.
+        return torch.ops.aten._unsafe_view(out, out.shape), lse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -327,6 +331,8 @@ def _setup_compiled(ctx, inputs, output):
 
 def _compiled_backward(ctx, grad, _):
     bias, out, lse, *qkv = ctx.saved_tensors
+    if lse.shape[0] != grad.shape[0]:  # a program that was exported without gradients
+        out, lse = _operator(qkv)(*qkv, bias, ctx.scale, True)
     grads = _backward_operator(qkv)(grad, *qkv, bias, out, lse, ctx.scale)
     return *grads[: len(qkv)], (None if bias is None else grads[-1]), None, None
 
@@ -342,6 +348,21 @@ def _compiled_double_backward(ctx, *cotangents):
     return grad_grad, *qkv_grad, bias_grad, None, None, None
 
 
+def _defined(*arguments):
+    *qkv, bias, scale, return_lse = arguments
+    out = _definition(qkv, bias, scale)
+    if len(qkv) == 3:  # the kernel writes heads beside channels
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, _operator(qkv)(*without_tangents(arguments))[1] if return_lse else out.new_empty((0,))
+
+
+def _defined_backward(*arguments):
+    grad, *qkv, bias, _out, _lse, scale = arguments
+    *qkv_grad, bias_grad = reference.attention_backward(_swapped(qkv, grad), *_unpack(qkv), bias, scale=scale)
+    qkv_grad = map(laid_out_as, _repack(len(qkv) == 1, *qkv_grad), qkv)
+    return *qkv_grad, grad.new_empty((0,)) if bias is None else bias_grad.contiguous()
+
+
 def _register() -> None:
     for suffix, fake, fake_backward in (
         ("", _fake_forward, _fake_backward),
@@ -350,8 +371,13 @@ def _register() -> None:
         forward, backward = f"vitfast::attention{suffix}", f"vitfast::attention{suffix}_backward"
         torch.library.register_fake(forward, fake)
         torch.library.register_fake(backward, fake_backward)
-        torch.library.register_autograd(forward, _compiled_backward, setup_context=_setup_compiled)
-        torch.library.register_autograd(backward, _compiled_double_backward, setup_context=_setup_compiled_backward)
+        register_autograd(forward, _compiled_backward, setup_context=_setup_compiled, definition=_defined)
+        register_autograd(
+            backward,
+            _compiled_double_backward,
+            setup_context=_setup_compiled_backward,
+            definition=_defined_backward,
+        )
         torch.library.register_kernel(forward, "cuda", _triton_forward)
         torch.library.register_kernel(backward, "cuda", _triton_backward)
 

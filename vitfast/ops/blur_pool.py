@@ -33,6 +33,7 @@ from vitfast.ops._rules import (
     is_transformed,
     may_be_differentiated,
     records_gradients,
+    register_autograd,
     require_compilable,
     with_signature,
 )
@@ -341,10 +342,36 @@ def _compiled_double_backward(ctx, cotangent, *_):
     return torch.ops.vitfast.blur_pool2d(_dense(cotangent), kernel, *ctx.numbers, None, None, 0, 1.0), *(None,) * 10
 
 
+def _spec_of(numbers: list, activation: int, temperature: float) -> Spec:
+    stride, padding, mode = numbers
+    return Spec(tuple(stride), tuple(padding), PADDING_MODES[mode], ACTIVATIONS[activation], temperature)
+
+
+def _defined(x, kernel, *options):
+    *numbers, scale, shift, activation, temperature = options
+    return _definition(x, kernel, scale, shift, _spec_of(numbers, activation, temperature)).to(x.dtype)
+
+
+def _defined_backward(grad, x, kernel, size, *options):
+    *numbers, scale, shift, activation, temperature = options
+    spec = _spec_of(numbers, activation, temperature)
+    grad_u = reference.blur_pool2d_transposed(grad, kernel, tuple(size), **spec.blur)
+    none = grad.new_empty((0,), dtype=torch.float64)
+    if x is None:
+        return grad_u, none, none
+    ones = grad_u.new_ones(grad.shape[1])
+    scale, shift = ones if scale is None else scale, torch.zeros_like(ones) if shift is None else shift
+    grad_x, *sums = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
+    return grad_x, *(value.to(torch.float64) for value in sums)
+
+
 if _extension.available():
     torch.library.register_fake("vitfast::blur_pool2d", _fake)
     torch.library.register_fake("vitfast::blur_pool2d_backward", _fake_backward)
-    torch.library.register_autograd("vitfast::blur_pool2d", _compiled_backward, setup_context=_setup_compiled)
-    torch.library.register_autograd(
-        "vitfast::blur_pool2d_backward", _compiled_double_backward, setup_context=_setup_compiled_backward
+    register_autograd("vitfast::blur_pool2d", _compiled_backward, setup_context=_setup_compiled, definition=_defined)
+    register_autograd(
+        "vitfast::blur_pool2d_backward",
+        _compiled_double_backward,
+        setup_context=_setup_compiled_backward,
+        definition=_defined_backward,
     )

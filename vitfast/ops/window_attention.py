@@ -33,13 +33,16 @@ from vitfast.ops._rules import (
     forward_ad_active,
     forward_ad_is_nested,
     is_transformed,
+    laid_out_as,
     lse_dtype,
     may_be_differentiated,
     records_gradients,
+    register_autograd,
     require_compilable,
     unfold_bias_grad,
     unmapped_shape,
     with_signature,
+    without_tangents,
 )
 from vitfast.ops.backend import choose
 
@@ -304,6 +307,8 @@ def _setup_compiled(ctx, inputs, output):
 
 def _compiled_backward(ctx, grad, _):
     bias, lse, *qkv = ctx.saved_tensors
+    if lse.shape[0] != grad.shape[0]:  # a program that was exported without gradients
+        lse = _operator(qkv)(*qkv, bias, *ctx.arguments, True)[1]
     grads = _backward_operator(qkv)(grad, *qkv, bias, lse, *ctx.arguments)
     return *grads[: len(qkv)], (None if bias is None else grads[-1]), None, None, None, None
 
@@ -317,6 +322,22 @@ def _setup_compiled_backward(ctx, inputs, output):
 def _compiled_double_backward(ctx, *cotangents):
     _, bias_grad, _, grad_grad, *qkv_grad = WindowAttentionBackward.backward(ctx, *cotangents)
     return grad_grad, *qkv_grad, bias_grad, None, None, None, None
+
+
+def _defined(*arguments):
+    *qkv, bias, window_size, shift, scale, return_lse = arguments
+    options = {"window_size": tuple(window_size), "shift": tuple(shift), "scale": scale}
+    query, key, value = _unpack(qkv)
+    out = laid_out_as(reference.window_attention(query, key, value, bias, **options), query)
+    return out, _operator(qkv)(*without_tangents(arguments))[1] if return_lse else out.new_empty((0,))
+
+
+def _defined_backward(*arguments):
+    grad, *qkv, bias, _lse, window_size, shift, scale = arguments
+    options = {"window_size": tuple(window_size), "shift": tuple(shift), "scale": scale}
+    *qkv_grad, bias_grad = reference.window_attention_backward(grad, *_unpack(qkv), bias, **options)
+    qkv_grad = map(laid_out_as, _repack(len(qkv) == 1, *qkv_grad), qkv)
+    return *qkv_grad, grad.new_empty((0,)) if bias is None else bias_grad.contiguous()
 
 
 def _triton_forward(*arguments):
@@ -342,8 +363,13 @@ def _register() -> None:
         forward, backward = f"vitfast::window_attention{suffix}", f"vitfast::window_attention{suffix}_backward"
         torch.library.register_fake(forward, fake)
         torch.library.register_fake(backward, fake_backward)
-        torch.library.register_autograd(forward, _compiled_backward, setup_context=_setup_compiled)
-        torch.library.register_autograd(backward, _compiled_double_backward, setup_context=_setup_compiled_backward)
+        register_autograd(forward, _compiled_backward, setup_context=_setup_compiled, definition=_defined)
+        register_autograd(
+            backward,
+            _compiled_double_backward,
+            setup_context=_setup_compiled_backward,
+            definition=_defined_backward,
+        )
         torch.library.register_kernel(forward, "cuda", _triton_forward)
         torch.library.register_kernel(backward, "cuda", _triton_backward_operator)
 

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Decorates a function whose first argument is a tensor: autocast does not change the dtypes it computes in.
+
+    The kernels compute in the dtype of their arguments, and so do the formulas that stand in for them.
+    """
+
+    @functools.wraps(function)
+    def plain(first: Tensor, *args, **kwargs):
+        kind = first.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return function(first, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return plain
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

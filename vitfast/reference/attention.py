@@ -29,13 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast.reference._algebra import add, matmul, scaled, softmax_backward, softmax_backward_tangent, transposed
+from vitfast.reference._algebra import (
+    add,
+    matmul,
+    scaled,
+    softmax_backward,
+    softmax_backward_tangent,
+    transposed,
+    without_autocast,
+)
 
 # Scores of a block of queries: enough for a whole call at the sizes of image classification, which then is one block,
 # and for operations that are long beside their launch; 16 MiB in float32.
 _BLOCK_SCORES = 2**22
 
 
+@without_autocast
 def attention(
     query: Tensor,
     key: Tensor,
@@ -64,6 +73,7 @@ def attention(
     return (probabilities @ v).to(query.dtype)
 
 
+@without_autocast
 def attention_tangent(
     query: Tensor,
     key: Tensor,
@@ -85,6 +95,7 @@ def attention_tangent(
     return output_t.joined(query)
 
 
+@without_autocast
 def attention_backward(
     grad: Tensor,
     query: Tensor,
@@ -113,6 +124,7 @@ def attention_backward(
     )
 
 
+@without_autocast
 def attention_backward_tangent(
     grad: Tensor,
     query: Tensor,

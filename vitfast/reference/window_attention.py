@@ -28,7 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast.reference._algebra import add, matmul, softmax_backward, softmax_backward_tangent, transposed
+from vitfast.reference._algebra import (
+    add,
+    matmul,
+    softmax_backward,
+    softmax_backward_tangent,
+    transposed,
+    without_autocast,
+)
 
 Pair = tuple[int, int]
 
@@ -37,7 +44,7 @@ def window_partition(x: Tensor, window_size: Pair, shift: Pair) -> Tensor:
     """(B, H, W, heads, D) -> (B, windows, heads, window_h * window_w, D), zeros where a window leaves the map."""
     batch, _, _, heads, dim = x.shape
     top, bottom, left, right = _grid_padding(x.shape[1:3], window_size, shift)
-    x = F.pad(x, (0, 0, 0, 0, left, right, top, bottom))
+    x = F.pad(x, (0, 0, 0, 0, left, right, top, bottom)) if any((top, bottom, left, right)) else x
     rows, columns = x.shape[1] // window_size[0], x.shape[2] // window_size[1]
     x = x.reshape(batch, rows, window_size[0], columns, window_size[1], heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
     return x.reshape(batch, rows * columns, heads, window_size[0] * window_size[1], dim)
@@ -51,9 +58,10 @@ def window_reverse(windows: Tensor, map_size: Pair, window_size: Pair, shift: Pa
     batch, _, heads, _, dim = windows.shape
     x = windows.reshape(batch, rows, columns, heads, *window_size, dim).permute(0, 1, 4, 2, 5, 3, 6)
     x = x.reshape(batch, rows * window_size[0], columns * window_size[1], heads, dim)
-    return x[:, top : top + height, left : left + width]
+    return x[:, top : top + height, left : left + width] if any((top, bottom, left, right)) else x
 
 
+@without_autocast
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -70,6 +78,7 @@ def window_attention(
     return grid.reverse_queries(probabilities @ grid.keys(value))
 
 
+@without_autocast
 def window_attention_weights(
     query: Tensor,
     key: Tensor,
@@ -87,6 +96,7 @@ def window_attention_weights(
     return probabilities
 
 
+@without_autocast
 def window_attention_tangent(
     query: Tensor,
     key: Tensor,
@@ -110,6 +120,7 @@ def window_attention_tangent(
     return torch.zeros_like(query) if output is None else grid.reverse_queries(output)
 
 
+@without_autocast
 def window_attention_backward(
     grad: Tensor,
     query: Tensor,
@@ -134,6 +145,7 @@ def window_attention_backward(
     )
 
 
+@without_autocast
 def window_attention_backward_tangent(
     grad: Tensor,
     query: Tensor,
