@@ -323,6 +323,153 @@ def test_second_derivatives():
     torch.testing.assert_close(product, (plus - minus) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
+TEXT = {"vocab_size": 40, **SMALL, "max_position_embeddings": 32}
+TEXT_MODELS = {
+    "padded": lambda: transformers.BertModel(transformers.BertConfig(**TEXT), add_pooling_layer=False),
+    "causal": lambda: transformers.LlamaModel(transformers.LlamaConfig(**TEXT)),
+    "causal with shared keys": lambda: transformers.LlamaModel(
+        transformers.LlamaConfig(**TEXT | {"num_attention_heads": 6}, num_key_value_heads=2)
+    ),
+    "sliding window": lambda: transformers.MistralModel(
+        transformers.MistralConfig(**TEXT, num_key_value_heads=3, sliding_window=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_attention_implementation_keeps_the_masks_of_transformers(name, padding):
+    package.register_attention()
+    model = TEXT_MODELS[name]().double().eval()
+    tokens, mask = torch.randint(40, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    if padding != "none":
+        mask[1, slice(4) if padding == "left" else slice(5, None)] = 0
+    outputs = []
+    for implementation in ("sdpa", "vitfast"):
+        model.set_attn_implementation(implementation)
+        outputs.append(model(tokens, attention_mask=mask)[0][mask.bool()])
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_masks_of_transformers_attention():
+    model = transformers_vit().double().eval().model
+    attention = next(module for module in model.modules() if type(module).__name__ == "ViTAttention")
+    x, mask = torch.randn(2, 9, 24, dtype=torch.float64), torch.randn(2, 1, 9, 9, dtype=torch.float64)
+    expected = attention(x, mask)[0]
+    assert len(vitfast.accelerate(attention, report=True).replaced) == 1
+    torch.testing.assert_close(attention(x, mask)[0], expected)
+
+
+def test_heads_that_were_pruned_by_hand():
+    """As people do with timm's attention: fewer heads in both projections."""
+    model = timm_vit().double().eval()
+    attention = model.blocks[0].attn
+    kept = torch.cat([torch.arange(8) + 24 * part + 8 * head for part in range(3) for head in (0, 2)])
+    attention.qkv.weight = nn.Parameter(attention.qkv.weight[kept].detach())
+    attention.qkv.bias = nn.Parameter(attention.qkv.bias[kept].detach())
+    attention.proj.weight = nn.Parameter(attention.proj.weight[:, kept[:16]].detach())
+    attention.num_heads, attention.attn_dim = 2, 16
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    before = output_and_gradients(model, images)
+    vitfast.accelerate(model)
+    assert_same(output_and_gradients(model, images), before)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "torchvision Swin", "torchvision ViT"])
+def test_scripts_and_traces(name):
+    model, _, images = made(name)
+    expected = model(images)
+    vitfast.accelerate(model)
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), expected)
+    if name != "timm Swin":  # which timm itself cannot have scripted
+        torch.testing.assert_close(torch.jit.script(model)(images), expected)
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_graphs_of_torchvision():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = torchvision_vit().eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = create_feature_extractor(model, ["encoder"])(images)["encoder"]
+    found = create_feature_extractor(vitfast.accelerate(model), ["encoder"])(images)["encoder"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_forward_of_the_instance_is_called():
+    model = torchvision_vit().double().eval()
+    attention = model.encoder.layers[0].self_attention
+    original, seen = attention.forward, []
+
+    def watched(*args, **kwargs):
+        output = original(*args, **kwargs | {"need_weights": True})
+        seen.append(output[1])
+        return output
+
+    attention.forward = watched
+    vitfast.accelerate(model)
+    model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert len(seen) == 1
+
+
+def test_hooks_on_all_modules_see_what_they_saw():
+    model, _, images = made("timm ViT")
+    calls = []
+
+    def count():
+        calls.clear()
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        model(images)
+        handle.remove()
+        return [name.removeprefix("Fused") for name in calls]
+
+    expected = count()
+    vitfast.accelerate(model)
+    assert count() == expected
+
+
+def test_hooks_on_what_normalises_nothing():
+    model, _, images = made("timm ViT")
+    seen = []
+    model.blocks[0].attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
+    vitfast.accelerate(model)(images)
+    assert seen == [1]
+
+
+def test_the_report_speaks_of_other_activations_and_attention():
+    model = nn.ModuleDict(
+        {
+            "clip": timm.layers.Mlp(4, act_layer=timm.layers.QuickGELU),
+            "tanh": timm.layers.Mlp(4, act_layer=timm.layers.GELUTanh),
+            "twins": timm.models.twins.LocallyGroupedAttn(8, 2, ws=2),
+        }
+    )
+    report = vitfast.accelerate(model, report=True)
+    assert not report.replaced
+    assert report.kept == {
+        "clip": "Mlp: its activation is QuickGELU(), not the exact GELU",
+        "tanh": "Mlp: its activation is GELUTanh(), not the exact GELU",
+        "twins": "there is no fused kernel for timm.models.twins.LocallyGroupedAttn",
+    }
+
+
+def test_an_unknown_version_of_a_library_is_no_matter_to_models_of_others(monkeypatch):
+    adapter = package._adapter
+
+    def broken(library):
+        if library == "timm":
+            raise ImportError("cannot import name 'Attention' from 'timm.layers'")
+        return adapter(library)
+
+    monkeypatch.setattr(package, "_adapter", broken)
+    assert len(vitfast.accelerate(torchvision_swin(), report=True).replaced) == 8
+    model = timm_vit()
+    report = vitfast.accelerate(model, report=True)
+    assert not report.replaced
+    assert "this version of timm is not known: cannot import name 'Attention'" in str(report)
+    assert vitfast.restore(model) is model
+
+
 def test_no_library_is_imported():
     code = (
         "import sys, torch, vitfast\n"

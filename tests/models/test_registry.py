@@ -25,7 +25,8 @@ def test_lists_by_pattern():
     assert len(list_models("*resnet_mcdo_??")) == 6
     assert list_models("vit_*") == [f"vit_{size}" for size in ("ti", "s", "b", "l", "h")]
     assert list_models("swin_*") == [f"swin_{size}" for size in ("t", "s", "b", "l")]
-    assert len(list_models()) == 7 + 10 + 5 + 4
+    assert len(list_models("resnet_*")) == len(list_models("preresnet_*")) == 5 * 5  # plain under two names
+    assert len(list_models()) == 7 + 50 + 5 + 4
     assert list_models("no such model") == []
 
 

@@ -110,6 +110,21 @@ def test_folders_of_transformers(make, sharded, tmp_path):
     assert_same_logits(ours, theirs, 64 if make is transformers_swin else 32)
 
 
+@pytest.mark.parametrize("extra", ["pooler.dense.weight", "pre_logits.fc.weight", "pre_logits/kernel"])
+def test_layers_before_a_classifier_that_stays_behind(extra):
+    model = make_vit()
+    state = model.state_dict() | {extra: torch.zeros(3, 3)}
+    with pytest.raises(ValueError, match=f"unexpected: {extra}; only the classifier differs"):
+        load_weights(model, state)
+    load_weights(make_vit(), state, classifier=False)
+
+
+@pytest.mark.parametrize(("model", "source"), [(3, {}), (torch.nn.Linear(1, 1), 5), (torch.nn.Linear(1, 1), None)])
+def test_what_is_no_model_or_no_source(model, source):
+    with pytest.raises(TypeError, match=r"load_weights takes a model|source must be a state dict"):
+        load_weights(model, source)
+
+
 def test_the_model_without_classifier_of_transformers():
     theirs, _ = transformers_vit()
     prepared(theirs)

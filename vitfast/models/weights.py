@@ -34,6 +34,9 @@ _CLASSIFIERS = tuple(
     f"{layer}.{part}" for layer in ("head", "head.fc", "classifier.0.dense") for part in ("weight", "bias")
 )
 
+# Layers before a classifier that only go with it: transformers' pooler, and the hidden layer of ImageNet-21k.
+_BEFORE_CLASSIFIERS = ("pooler.", "pre_logits.", "pre_logits/")
+
 _MOST_LISTED = 10
 
 
@@ -49,7 +52,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *,
         source: a state dict; or a file: ``.safetensors``, ``.npz``, else what ``torch.save`` wrote, of which only
             tensors and plain data are unpickled; or a folder with such a file, as transformers saves models; or the
             name of a repository on the Hugging Face Hub, "owner/name", which is downloaded once.
-        classifier: False leaves the classifier of the model as it is, for a task with other classes.
+        classifier: False leaves the classifier of the model as it is, for a task with other classes. What a checkpoint
+            has between the last block and its classifier is then of no use, and is left out.
 
     Returns:
         ``model``.
@@ -63,11 +67,15 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], *,
     >>> model = vitfast.create_model("vit_s", num_classes=10)
     >>> vitfast.load_weights(model, "timm/vit_small_patch16_224.augreg_in21k_ft_in1k", classifier=False)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_weights takes a model, a torch.nn.Module; got {type(model).__name__}")
+    if not isinstance(source, (str, Path, Mapping)):
+        raise TypeError(f"source must be a state dict, a path or a repository; got {type(source).__name__}")
     named = f"the state dict of {len(source)} entries" if isinstance(source, Mapping) else str(source)
     state = to_native(dict(source) if isinstance(source, Mapping) else read_weights(source))
     own = model.state_dict()
     if not classifier:
-        state = {key: value for key, value in state.items() if key not in _CLASSIFIERS}
+        state = {key: value for key, value in state.items() if not _belongs_to_classifier(key)}
         state |= {key: own[key] for key in _CLASSIFIERS if key in own}
     if hasattr(model, "fit_state_dict"):
         model.fit_state_dict(state)
@@ -196,6 +204,10 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def _belongs_to_classifier(key: str) -> bool:
+    return key in _CLASSIFIERS or key.startswith(_BEFORE_CLASSIFIERS)
+
+
 def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """What keeps ``state`` from being loaded, or nothing."""
     missing = [key for key in own if key not in state]
@@ -207,7 +219,7 @@ def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
-    if found and not missing and not unexpected and all(key in _CLASSIFIERS for key in reshaped):
+    if found and all(_belongs_to_classifier(key) for key in (*missing, *unexpected, *reshaped)):
         found.append("only the classifier differs: load_weights(..., classifier=False) keeps that of the model")
     return "; ".join(found)
 

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from vitfast import functional
 from vitfast.ops.linear import linear
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook is registered on the module or on a part of it."""
+    """Whether somebody looks at calls of the module or a part of it: by a hook, on it or on all modules, or by a
+    ``forward`` of its own that the instance was given."""
+    everywhere = (_modules._global_forward_hooks, _modules._global_forward_pre_hooks)
+    everywhere += (_modules._global_backward_hooks, _modules._global_backward_pre_hooks)
+    if any(everywhere):
+        return True
     return any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
         for part in module.modules()
     )
+
+
+def is_absent(module: nn.Module) -> bool:
+    """Whether a module does nothing, and nobody looks at it."""
+    return type(module) is nn.Identity and not has_hooks(module)
 
 
 def is_idle(dropout: nn.Module) -> bool:

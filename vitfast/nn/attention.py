@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
-from vitfast.nn._fusion import apply_linear
+from vitfast.nn._fusion import apply_linear, is_absent
 
 
 class Attention(nn.Module):
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         return apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _has_qk_norm(self) -> bool:
-        return not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+        return not (is_absent(self.q_norm) and is_absent(self.k_norm))
 
     def _normalised(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B, N, heads, D)."""

@@ -4,19 +4,23 @@ A module is taken over by giving it another class, a subclass of its own that ov
 what there is a kernel for. Parameters, buffers, hooks, attributes and state-dict keys stay the very same objects;
 copying, pickling and `isinstance` go on to work; `restore` gives the class back.
 
-Each library has an adapter, a module of this package, imported only if the library itself has been. Classes are
-compared exactly: a subclass may have changed what this package knows, and is left as it is.
+Each library has an adapter, a module of this package, imported only for models with modules of that library. Classes
+are compared exactly: a subclass may have changed what this package knows, and is left as it is. While a model is
+scripted or traced, the original code serves: only its operations are known there.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 
+import torch
 from torch import nn
+from torch.fx import Proxy
 
 __all__ = ["Adaptation", "Report", "accelerate", "register_attention", "restore"]
 
@@ -101,7 +105,7 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
     """
     _check(model, "accelerate")
     result = Report()
-    adaptations = _adaptations()
+    adaptations, unusable = _adaptations(model)
     by_fused = {adaptation.fused: adaptation for adaptation in adaptations.values()}
     taken_over: set[nn.Module] = set()  # by the module that they are part of, with all their parts
     for name, module in model.named_modules():
@@ -115,7 +119,7 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
             else:
                 result.kept[name] = f"{kind.__qualname__}: {obstacle}"
         elif kind not in by_fused:
-            reason = _unknown_attention(kind)
+            reason = unusable.get(_library(kind)) or _unknown_attention(kind, adaptations)
             if reason is not None:
                 result.kept[name] = reason
         if type(module) in by_fused:
@@ -138,8 +142,9 @@ def restore(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not a module.
     """
     _check(model, "restore")
+    fused = {adaptation.fused for adaptation in _adaptations(model)[0].values()}
     for module in model.modules():
-        if type(module) in _fused_classes():
+        if type(module) in fused:
             module.__class__ = _original(type(module))
     return model
 
@@ -163,22 +168,57 @@ def _check(model: object, function: str) -> None:
         raise TypeError(f"{function} takes a torch.nn.Module; got {type(model).__name__}")
 
 
-def _adaptations() -> dict[type[nn.Module], Adaptation]:
-    """Of the libraries that are in use, by the class that is replaced."""
+def _library(kind: type[nn.Module]) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _adaptations(model: nn.Module) -> tuple[dict[type[nn.Module], Adaptation], dict[str, str]]:
+    """How the classes of those libraries that the model has modules of are taken over, and which libraries cannot be.
+
+    A library cannot be where its adapter does not find what it was written for: it is another version, or broken.
+    """
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
     found: dict[type[nn.Module], Adaptation] = {}
-    for library in _ADAPTERS:
-        if library in sys.modules:
+    unusable: dict[str, str] = {}
+    for library in _ADAPTERS.keys() & {_library(kind) for kind in kinds}:
+        try:
             found |= _adapter(library)
-    return found
+        except (ImportError, AttributeError) as error:
+            unusable[library] = f"this version of {library} is not known: {error}"
+    return found, unusable
 
 
 @cache
 def _adapter(library: str) -> dict[type[nn.Module], Adaptation]:
-    return importlib.import_module(_ADAPTERS[library]).ADAPTATIONS
+    adaptations = importlib.import_module(_ADAPTERS[library]).ADAPTATIONS
+    for adaptation in adaptations.values():
+        _give_way_to_tracing(adaptation.fused)
+    return adaptations
 
 
-def _fused_classes() -> set[type[nn.Module]]:
-    return {adaptation.fused for adaptation in _adaptations().values()}
+def _give_way_to_tracing(fused: type[nn.Module]) -> None:
+    """Has a fused class compute by the code it replaces while a module of it is traced or scripted."""
+    original = _original(fused)
+
+    def prepared(self):
+        module = copy.copy(self)
+        module.__class__ = original
+        return module
+
+    fused.__prepare_scriptable__ = prepared
+    for name in ("forward", "_attn"):
+        if name in vars(fused):
+            setattr(fused, name, _unless_traced(vars(fused)[name], getattr(original, name)))
+
+
+def _unless_traced(method: Callable, original: Callable) -> Callable:
+    @wraps(method)
+    def either(self, *args, **kwargs):
+        if torch.jit.is_tracing() or any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return original(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return either
 
 
 def _original(fused: type[nn.Module]) -> type[nn.Module]:
@@ -186,12 +226,11 @@ def _original(fused: type[nn.Module]) -> type[nn.Module]:
     return fused.__bases__[0]
 
 
-def _unknown_attention(kind: type[nn.Module]) -> str | None:
+def _unknown_attention(kind: type[nn.Module], adaptations: dict[type[nn.Module], Adaptation]) -> str | None:
     """Why a module that looks like attention is not taken over."""
-    known = next((base for base in kind.__mro__[1:] if base in _adaptations()), None)
+    known = next((base for base in kind.__mro__[1:] if base in adaptations), None)
     if known is not None:
         return f"{kind.__qualname__} is a subclass of {known.__qualname__} and may compute something else"
-    library = kind.__module__.partition(".")[0]
-    if library != "torch" and library in _ADAPTERS and "Attention" in kind.__name__:
+    if _library(kind) in _ADAPTERS.keys() - {"torch"} and re.search(r"Att(ention|n)|XCA", kind.__name__):
         return f"there is no fused kernel for {kind.__module__}.{kind.__qualname__}"
     return None

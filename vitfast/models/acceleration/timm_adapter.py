@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from timm.layers import Attention, BatchNormAct2d, BlurPool2d, ConvNormAct, Mlp
+from timm.layers import GELU, Attention, BatchNormAct2d, BlurPool2d, ConvNormAct, Mlp
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from vitfast.models.acceleration.blurs import (
     may_fuse_activation,
     takes,
 )
-from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
+from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_absent, is_idle, is_plain_linear
 
 
 class FusedAttention(Attention):
@@ -31,7 +31,7 @@ class FusedAttention(Attention):
         if is_causal or masked_by_booleans or not is_idle(self.attn_drop):
             return super().forward(x, attn_mask, is_causal)
         qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        if is_absent(self.q_norm) and is_absent(self.k_norm):
             output = functional.attention_qkvpacked(qkv, attn_mask, scale=self.scale)
         else:
             query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
@@ -66,7 +66,7 @@ class FusedMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         linear = is_plain_linear(self.fc1) and is_plain_linear(self.fc2) and isinstance(self.norm, nn.Identity)
-        if linear and is_exact_gelu(self.act) and is_idle(self.drop1):
+        if linear and _is_gelu(self.act) and is_idle(self.drop1):
             return self.drop2(fused_mlp(x, self.fc1, self.fc2))
         return super().forward(x)
 
@@ -136,6 +136,21 @@ def _lacks(parts: tuple[str, ...], module: nn.Module) -> str | None:
     return f"this version of timm has it without {', '.join(missing)}" if missing else None
 
 
+def _is_gelu(activation: nn.Module, whatever_looks: bool = False) -> bool:
+    """Whether an activation is the exact GELU, PyTorch's or timm's, and nobody looks at it or that does not matter."""
+    exact = type(activation) is GELU or (type(activation) is nn.GELU and activation.approximate == "none")
+    return exact and (whatever_looks or not has_hooks(activation))
+
+
+def _has_other_layers(mlp: Mlp) -> str | None:
+    if lacking := _lacks(_MLP_PARTS, mlp):
+        return lacking
+    if not _is_gelu(mlp.act, whatever_looks=True):
+        return f"its activation is {mlp.act}, not the exact GELU"
+    kinds = {type(mlp.fc1), type(mlp.fc2)}
+    return None if kinds == {nn.Linear} else f"its layers are {' and '.join(sorted(k.__name__ for k in kinds))}"
+
+
 def _is_no_single_blur(blur: BlurPool2d) -> str | None:
     if blur.filt_size > 7:
         return f"its filter has {blur.filt_size} taps, more than 7"
@@ -157,7 +172,7 @@ def _has_other_attention(block: nn.Module) -> str | None:
 BLURS.add(BlurPool2d)
 ADAPTATIONS = {
     Attention: Adaptation(FusedAttention, partial(_lacks, _ATTENTION_PARTS)),
-    Mlp: Adaptation(FusedMlp, partial(_lacks, _MLP_PARTS)),
+    Mlp: Adaptation(FusedMlp, _has_other_layers),
     BlurPool2d: Adaptation(FusedBlurPool2d, _is_no_single_blur),
     ConvNormAct: Adaptation(FusedConvNormAct, applies=_has_norm_act_and_blur),
     BasicBlock: Adaptation(FusedBasicBlock, applies=lambda block: may_fuse(block.bn1, block.act1, block.aa)),

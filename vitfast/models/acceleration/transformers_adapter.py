@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
 from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, SwinMLP
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
@@ -27,26 +29,33 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **_,
+    **options,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query (B, heads, N, D) in, (B, N, heads, D) out, without the weights."""
+    """An attention function of transformers: query (B, heads, N, D) in, (B, N, heads, D) out, without the weights.
+
+    It serves attention over all tokens with an additive mask or none. The rest is transformers' "sdpa": boolean and
+    causal masks, dropout, heads that share keys, and whatever else an option may ask for.
+    """
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", False)
-    output = functional.attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        scale=scaling,
-        is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
-        dropout_p=dropout,
-    )
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
+    plain_mask = attention_mask is None or attention_mask.dtype == query.dtype
+    plain_heads = query.shape[1] == key.shape[1] and key.shape == value.shape
+    asked = any(value is not None and name not in _WITHOUT_EFFECT for name, value in options.items())
+    if is_causal or dropout > 0 or not plain_mask or not plain_heads or asked:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
+    output = functional.attention(query, key, value, attention_mask, scale=scaling)
     return output.transpose(1, 2), None
 
 
+# What "sdpa" does not read either: where tokens are, and windows, which are in the mask.
+_WITHOUT_EFFECT = ("output_attentions", "position_ids", "sliding_window", "use_cache", "cache_position")
+
+
 def register() -> None:
-    """Makes ``attn_implementation="vitfast"`` known to transformers."""
+    """Makes ``attn_implementation="vitfast"`` known to transformers, with the masks that "sdpa" gets."""
     AttentionInterface.register("vitfast", attention_forward)
+    AttentionMaskInterface.register("vitfast", sdpa_mask)
 
 
 def _projected(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
