@@ -184,14 +184,45 @@ BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int6
 
 // ---- the matrix for rows in strips ---------------------------------------------------------------------------------
 
-// `strip` outputs make a strip.
-BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip) {
+// How many rows further the taps of output b lie than those of a, or 0 if they differ in anything else.
+int64_t step_between(const BlurStrips& strips, int64_t a, int64_t b) {
+  const int64_t taps = strips.begin[a + 1] - strips.begin[a];
+  const BlurStrips::Tap *from = strips.taps.data() + strips.begin[a], *to = strips.taps.data() + strips.begin[b];
+  if (taps == 0 || strips.begin[b + 1] - strips.begin[b] != taps) return 0;
+  const int64_t step = to->row - from->row;
+  const bool alike = std::equal(from, from + taps, to, [step](const BlurStrips::Tap& x, const BlurStrips::Tap& y) {
+    return y.row - x.row == step && y.line == x.line && y.weight == x.weight;
+  });
+  return alike ? std::max<int64_t>(step, 0) : 0;
+}
+
+void add_series(BlurStrips& strips, BlurStrip& strip) {
+  strip.first_series = static_cast<int64_t>(strips.series.size());
+  for (int64_t phase = strip.first; phase < std::min(strip.first + strips.period, strip.last); ++phase) {
+    for (int64_t o = phase; o < strip.last;) {
+      BlurStrips::Series series{o, 1, 0};
+      for (int64_t next = o + strips.period; next < strip.last; next += strips.period) {
+        const int64_t step = step_between(strips, next - strips.period, next);
+        if (step == 0 || (series.count > 1 && step != series.step)) break;
+        series.step = step;
+        ++series.count;
+      }
+      strips.series.push_back(series);
+      o += series.count * strips.period;
+    }
+  }
+  strip.last_series = static_cast<int64_t>(strips.series.size());
+}
+
+// `strip` outputs make a strip; every `period`-th output is likely to have the same taps.
+BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip, int64_t period) {
   const int64_t outputs = static_cast<int64_t>(matrix.begin.size()) - 1;
   BlurStrips strips;
   strips.begin = matrix.begin;
+  strips.period = period;
   std::vector<int64_t> place(inputs);  // of a row among those of the strip
   for (int64_t first = 0; first < outputs; first += strip) {
-    BlurStrip next{first, std::min(first + strip, outputs), {}, 0};
+    BlurStrip next{first, std::min(first + strip, outputs), 0, 0, {}, 0};
     std::vector<bool> needed(inputs, strip >= outputs);  // a strip that is all of the map takes it as it is
     for (int64_t i = matrix.begin[first]; i < matrix.begin[next.last]; ++i) needed[matrix.taps[i].from] = true;
     for (int64_t row = 0; row < inputs; ++row) {
@@ -204,19 +235,10 @@ BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip) {
       const BlurTap& tap = matrix.taps[i];
       strips.taps.push_back({place[tap.from], tap.line, tap.weight});
     }
+    add_series(strips, next);
     strips.most_rows = std::max(strips.most_rows, next.rows);
     strips.most_outputs = std::max(strips.most_outputs, next.outputs());
     strips.strips.push_back(std::move(next));
-  }
-  strips.repeats.assign(outputs, 1);
-  for (int64_t o = outputs - 2; o >= 0; --o) {
-    const int64_t taps = strips.begin[o + 1] - strips.begin[o];
-    const BlurStrips::Tap *here = strips.taps.data() + strips.begin[o], *below = here + taps;
-    const bool same = (o + 1) % strip != 0 && strips.begin[o + 2] - strips.begin[o + 1] == taps &&
-                      std::equal(here, below, below, [](const BlurStrips::Tap& a, const BlurStrips::Tap& b) {
-                        return b.row == a.row + 1 && b.line == a.line && b.weight == a.weight;
-                      });
-    if (same) strips.repeats[o] = strips.repeats[o + 1] + 1;
   }
   return strips;
 }
@@ -269,7 +291,7 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
     call.rows = steps_of(matrix, call.in_height, static_cast<int64_t>(call.columns.size()), strip, 1);
   } else {
     const int64_t fitting = std::max(cpu::kStripValues / std::max(call.in_width, call.out_width), kRows);
-    call.strips = strips_of(matrix, call.in_height, std::min(strip, fitting));
+    call.strips = strips_of(matrix, call.in_height, std::min(strip, fitting), transpose ? stride[0] : 1);
   }
   return call;
 }

@@ -55,6 +55,7 @@ struct BlurStrip {
     int64_t from, rows;
   };
   int64_t first, last;  // outputs
+  int64_t first_series = 0, last_series = 0;
   std::vector<Run> runs;
   int64_t rows;  // of all runs
 
@@ -65,11 +66,16 @@ struct BlurStrips {
     int64_t row, line;
     double weight;
   };
+  // Outputs first, first + period, ... of a strip whose taps are those of the first, but for rows that lie `step`
+  // further each time.
+  struct Series {
+    int64_t first, count, step;
+  };
   std::vector<BlurStrip> strips;
   std::vector<int64_t> begin;  // output o has the taps in [begin[o], begin[o + 1])
   std::vector<Tap> taps;
-  std::vector<int64_t>
-      repeats;  // how many outputs from o on have the taps of o, each a row further than the one before
+  std::vector<Series> series;  // of all strips
+  int64_t period = 1;
   int64_t most_rows = 0, most_outputs = 0;  // of a strip
 };
 

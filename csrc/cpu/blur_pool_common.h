@@ -77,12 +77,16 @@ inline void with_activation(BlurActivation activation, F f) {
   }
 }
 
-// ---- weighted sums of rows
-// --------------------------------------------------------------------------------------------
+// ---- weighted sums of rows ------------------------------------------------------------------------------------------
 
-// Calls put(j, weighted sum of rows at j, lanes that count) for every vector of [0, length).
+// As many sums of the same weights: each begins `step` values further in all rows.
+struct Repeat {
+  int64_t count = 1, step = 0;
+};
+
+// Calls put(repetition, j, weighted sum of rows at j, lanes that count) for every vector of [0, length).
 template <class T, int kTaps, class Put>
-inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Put put) {
+inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Repeat repeat, Put put) {
   const T* row[kTaps];
   Vec<T> weight[kTaps];
 #pragma GCC unroll 4
@@ -94,30 +98,38 @@ inline void combine_taps(const T* const* rows, const T* weights, int64_t length,
     return sum;
   };
   const int64_t whole = length / kLanes<T> * kLanes<T>;
-  for (int64_t j = 0; j < whole; j += kLanes<T>) {
-    put(j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
-  }
-  if (whole < length) {
-    put(whole, sum_at([&](const T* p) { return load_partial(p + whole, length - whole); }), length - whole);
+  for (int64_t r = 0; r < repeat.count; ++r) {
+    for (int64_t j = 0; j < whole; j += kLanes<T>) {
+      put(r, j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
+    }
+    if (whole < length) {
+      put(r, whole, sum_at([&](const T* p) { return load_partial(p + whole, length - whole); }), length - whole);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) row[t] += repeat.step;
   }
 }
 
 template <class T, class Put>
-inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Put put) {
+inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Repeat repeat, Put put) {
   switch (taps) {
     case 1:
-      return combine_taps<T, 1>(rows, weights, length, put);
+      return combine_taps<T, 1>(rows, weights, length, repeat, put);
     case 2:
-      return combine_taps<T, 2>(rows, weights, length, put);
+      return combine_taps<T, 2>(rows, weights, length, repeat, put);
     case 3:
-      return combine_taps<T, 3>(rows, weights, length, put);
+      return combine_taps<T, 3>(rows, weights, length, repeat, put);
     case 4:
-      return combine_taps<T, 4>(rows, weights, length, put);
+      return combine_taps<T, 4>(rows, weights, length, repeat, put);
     default:  // none, where there is nothing but zeros of the margin, or many
-      for (int64_t j = 0; j < length; j += kLanes<T>) {
-        Vec<T> sum{};
-        for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + j, length - j);
-        put(j, sum, std::min<int64_t>(length - j, kLanes<T>));
+      for (int64_t r = 0; r < repeat.count; ++r) {
+        for (int64_t j = 0; j < length; j += kLanes<T>) {
+          Vec<T> sum{};
+          for (int64_t t = 0; t < taps; ++t) {
+            sum = sum + weights[t] * load_up_to(rows[t] + r * repeat.step + j, length - j);
+          }
+          put(r, j, sum, std::min<int64_t>(length - j, kLanes<T>));
+        }
       }
   }
 }

@@ -10,8 +10,9 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
-// Bytes of a row of pixels with all the channels that are worked on at a time.
-constexpr int64_t kRowBytes = 16 << 10;
+// Bytes of a row of pixels with all the channels that are worked on at a time: some rows fit into the second level. Few
+// channels at a time would leave gaps between what is read, which costs more than misses of the first level.
+constexpr int64_t kRowBytes = 64 << 10;
 
 template <class S>
 class BlurPixels {
@@ -52,6 +53,8 @@ class BlurPixels {
     const BlurSteps& rows = call_.rows;
     const bool gradient = call_.primal != nullptr;
     if (gradient) std::fill_n(scale_sum_, 4 * sums_size(), T{});
+    set_channel_values(call_.prologue.scale, T{1}, scale_);
+    set_channel_values(call_.prologue.shift, T{0}, shift_);
     for (int64_t g = rows.strips[strip]; g < rows.strips[strip + 1]; ++g) {
       const BlurSteps::Group& group = rows.groups[g];
       load_pixels(group);
@@ -80,6 +83,8 @@ class BlurPixels {
     pixels_ = arena.take<const T*>(taps_);
     weights_ = arena.take<T>(taps_);
     pixel_weights_ = arena.take<T>(taps_);
+    scale_ = arena.take<T>(round_up(block_));
+    shift_ = arena.take<T>(round_up(block_));
     scale_sum_ = arena.take<T>(4 * sums_size());
     if (arena.holds_memory()) {
       shift_sum_ = scale_sum_ + sums_size();
@@ -107,16 +112,10 @@ class BlurPixels {
                     [&](auto activation) { f([=](Vec<T> z) { return activate<T, activation()>(z, temperature); }); });
   }
 
-  // scale or shift of the channels from `channel_` + c on.
-  Vec<T> channel_values(const void* values, T otherwise, int64_t c) const {
-    if (values == nullptr) return broadcast(otherwise);
-    return load_up_to(static_cast<const T*>(values) + channel_ + c, channels_ - c);
-  }
-  Vec<T> scale_of_input(int64_t c) const {
-    return channel_values(has_prologue() ? call_.prologue.scale : nullptr, 1, c);
-  }
-  Vec<T> shift_of_input(int64_t c) const {
-    return channel_values(has_prologue() ? call_.prologue.shift : nullptr, 0, c);
+  // The prologue's scale or shift of the channels at work, up to a whole vector.
+  void set_channel_values(const void* values, T otherwise, T* to) const {
+    std::fill_n(to, round_up(channels_), otherwise);
+    if (values != nullptr) std::copy_n(static_cast<const T*>(values) + channel_, channels_, to);
   }
 
   // ---- rows into slots ----
@@ -135,16 +134,17 @@ class BlurPixels {
     }
   }
 
-  // The row's pixels with the prologue applied, in `line_`.
+  // The row's pixels in `line_`, with the prologue applied if there is one.
   void fill_line(int64_t row) {
     const S* in = input(row);
-    const int64_t pixel = round_up(channels_);
+    const int64_t pixel = round_up(channels_), channels = channels_;
+    T* line = line_;
     with_prologue([&](auto activation) {
-      for (int64_t c = 0; c < channels_; c += kVector) {
-        const Vec<T> scale = scale_of_input(c), shift = shift_of_input(c);
-        for (int64_t x = 0; x < call_.in_width; ++x) {
-          const Vec<T> z = load_as_compute_up_to(in + x * call_.channels + c, channels_ - c) * scale + shift;
-          store(line_ + x * pixel + c, activation(z));
+      for (int64_t x = 0; x < call_.in_width; ++x, in += call_.channels, line += pixel) {
+        for (int64_t c = 0; c < channels; c += kVector) {
+          Vec<T> z = load_as_compute_up_to(in + c, channels - c);
+          if (has_prologue()) z = z * load(scale_ + c) + load(shift_ + c);
+          store(line + c, activation(z));
         }
       }
     });
@@ -162,7 +162,8 @@ class BlurPixels {
         pixel_weights_[t] = static_cast<T>(tap[t].weight);
       }
       T* at = to + o * pixel;
-      combine(pixels_, pixel_weights_, taps, channels_, [=](int64_t c, Vec<T> sum, int64_t) { store(at + c, sum); });
+      combine(pixels_, pixel_weights_, taps, channels_, {},
+              [=](int64_t, int64_t c, Vec<T> sum, int64_t) { store(at + c, sum); });
     }
   }
 
@@ -184,8 +185,8 @@ class BlurPixels {
   void write(int64_t row, int64_t taps) {
     for_each_run(row, false, [&](int64_t offset, int64_t at, int64_t length) {
       S* to = static_cast<S*>(call_.out) + at;
-      combine(sources_at(offset, taps), weights_, taps, length,
-              [=](int64_t j, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(to + j, sum, lanes); });
+      combine(sources_at(offset, taps), weights_, taps, length, {},
+              [=](int64_t, int64_t j, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(to + j, sum, lanes); });
     });
   }
 
@@ -196,10 +197,9 @@ class BlurPixels {
       for_each_run(row, true, [&](int64_t offset, int64_t at, int64_t length) {
         const S* primal = static_cast<const S*>(call_.primal) + at;
         S* to = static_cast<S*>(call_.out) + at;
-        combine(sources_at(offset, taps), weights_, taps, length, [&](int64_t j, Vec<T> g, int64_t lanes) {
+        combine(sources_at(offset, taps), weights_, taps, length, {}, [&](int64_t, int64_t j, Vec<T> g, int64_t lanes) {
           const Vec<T> x = load_as_compute_up_to(primal + j, lanes);
-          const Vec<T> scale = channel_values(call_.prologue.scale, T{1}, j);
-          const Vec<T> z = x * scale + channel_values(call_.prologue.shift, T{0}, j);
+          const Vec<T> scale = load(scale_ + j), z = x * scale + load(shift_ + j);
           const Vec<T> dz = activate_backward<T, activation()>(z, g, temperature);
           store_as_storage_up_to(to + j, dz * scale, lanes);
           store(row_scale_sum_ + j, load(row_scale_sum_ + j) + dz * x);
@@ -223,7 +223,8 @@ class BlurPixels {
 
   const BlurCall& call_;
   int64_t taps_, block_, line_size_, slot_size_, bytes_;
-  T *line_, *slots_, *weights_, *pixel_weights_, *scale_sum_, *shift_sum_, *row_scale_sum_, *row_shift_sum_;
+  T *line_, *slots_, *weights_, *pixel_weights_, *scale_, *shift_, *scale_sum_, *shift_sum_, *row_scale_sum_,
+      *row_shift_sum_;
   const T **sources_, **pixels_;
   int64_t image_, channel_, channels_;
 };

@@ -14,26 +14,23 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
-// ---- columns
-// ----------------------------------------------------------------------------------------------------------
+// ---- columns --------------------------------------------------------------------------------------------------------
 
 // For a vector of outputs: weight * (inputs from `base` on, shuffled).
 template <class T>
 struct Gather {
   using Index = typename VecOf<T>::Int;
   Index index[kLanes<T>] = {};  // into two vectors
-  // All bits set, or none for a lane without an input: what it reads is none of its own, and 0 times NaN is not 0.
-  Index present[kLanes<T>] = {};
+  // Without a lane that has no input: what it reads is none of its own, and 0 times NaN is not 0.
+  LaneMask<T> present{};
   T weight[kLanes<T>] = {};
   int64_t base = 0;
 
   Vec<T> operator()(const T* from) const {
     const T* p = from + base;
-    IntVec<T> lanes, mask;
+    IntVec<T> lanes;
     std::memcpy(&lanes, index, sizeof(lanes));
-    std::memcpy(&mask, present, sizeof(mask));
-    const Vec<T> inputs = __builtin_shuffle(load(p), load(p + kLanes<T>), lanes);
-    return load(weight) * (Vec<T>)((IntVec<T>)inputs & mask);
+    return load(weight) * shuffle_or_zero<T>(load(p), load(p + kLanes<T>), lanes, present);
   }
 };
 
@@ -101,7 +98,7 @@ class Gathers {
       for (int64_t l = 0; l < lanes; ++l) {
         if (done(l) || from(l, next[l]) - base >= 2 * kVector) continue;
         gather.index[l] = static_cast<typename Gather<T>::Index>(from(l, next[l]) - base);
-        gather.present[l] = -1;
+        gather.present.set(l);
         gather.weight[l] = static_cast<T>(matrix.taps[next[l]].weight);
         ++next[l];
       }
@@ -132,8 +129,7 @@ class Gathers {
   std::vector<Gather<T>> gathers_;
 };
 
-// ---- some planes, or a strip of one
-// -----------------------------------------------------------------------------------
+// ---- some planes, or a strip of one ---------------------------------------------------------------------------------
 
 template <class S>
 class BlurPlanes {
@@ -180,11 +176,20 @@ class BlurPlanes {
       gathers_[line].apply(in, planes * strip_->rows,
                            [=](int64_t at, Vec<T> sum, int64_t lanes) { store_up_to(to + at, sum, lanes); });
     }
-    if (call_.primal == nullptr) {
+    if (call_.primal == nullptr && call_.strips.period == 1) {
       combine_rows(blurred_, call_.out_width, planes, output(plane));
       return;
     }
+    // Series leave gaps at first, and memory wants to be written in order.
     combine_rows(blurred_, call_.out_width, planes, combined_);
+    if (call_.primal == nullptr) {
+      S* out = output(plane);
+      const int64_t length = planes * strip_->outputs() * call_.out_width;
+      for (int64_t j = 0; j < length; j += kVector) {
+        store_as_storage_up_to(out + j, load(combined_ + j), length - j);
+      }
+      return;
+    }
     for (int64_t p = 0; p < planes; ++p) write_gradient(plane + p, combined_ + p * strip_->outputs() * call_.out_width);
   }
 
@@ -249,31 +254,34 @@ class BlurPlanes {
     const BlurStrips& strips = call_.strips;
     const T* rows[kMostHeld];
     T weights[kMostHeld];
-    for (int64_t p = 0; p < planes; ++p, from += strip_->rows * width) {
-      for (int64_t o = strip_->first, repeats; o < strip_->last; o += repeats, to += repeats * width) {
-        const BlurStrips::Tap* tap = strips.taps.data() + strips.begin[o];
-        const int64_t taps = strips.begin[o + 1] - strips.begin[o];
-        repeats = std::min(strips.repeats[o], strip_->last - o);
-        const int64_t length = repeats * width;
-        const auto take = [&](int64_t first, int64_t count) {
-          for (int64_t t = 0; t < count; ++t) {
-            rows[t] = from + tap[first + t].row * width + tap[first + t].line * line_size();
-            weights[t] = static_cast<T>(tap[first + t].weight);
-          }
+    for (int64_t p = 0; p < planes; ++p, from += strip_->rows * width, to += strip_->outputs() * width) {
+      for (int64_t s = strip_->first_series; s < strip_->last_series; ++s) {
+        const BlurStrips::Series& series = strips.series[s];
+        const BlurStrips::Tap* tap = strips.taps.data() + strips.begin[series.first];
+        const int64_t taps = strips.begin[series.first + 1] - strips.begin[series.first];
+        To* const out = to + (series.first - strip_->first) * width;
+        const int64_t out_step = strips.period * width;
+        const auto row_of = [&](int64_t t) { return from + tap[t].row * width + tap[t].line * line_size(); };
+        const auto put = [=](int64_t r, int64_t j, Vec<T> sum, int64_t lanes) {
+          store_as_storage_up_to(out + r * out_step + j, sum, lanes);
         };
-        const auto put = [=](int64_t j, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(to + j, sum, lanes); };
-        take(0, std::min(taps, kMostHeld));
         if (taps <= kMostHeld) {
-          combine(rows, weights, taps, length, put);
+          for (int64_t t = 0; t < taps; ++t) rows[t] = row_of(t), weights[t] = static_cast<T>(tap[t].weight);
+          // Rows that follow each other in both are as good as one.
+          const bool one = strips.period == 1 && series.step == 1;
+          combine(rows, weights, taps, one ? series.count * width : width,
+                  one ? Repeat{} : Repeat{series.count, series.step * width}, put);
           continue;
         }
-        for (int64_t j = 0; j < length; j += kVector) {  // margins many times as large as the map
-          Vec<T> sum{};
-          for (int64_t t = 0; t < taps; ++t) {
-            const T* row = from + tap[t].row * width + tap[t].line * line_size();
-            sum = sum + static_cast<T>(tap[t].weight) * load_up_to(row + j, length - j);
+        for (int64_t r = 0; r < series.count; ++r) {  // margins many times as large as the map
+          for (int64_t j = 0; j < width; j += kVector) {
+            Vec<T> sum{};
+            for (int64_t t = 0; t < taps; ++t) {
+              const T* row = row_of(t) + r * series.step * width;
+              sum = sum + static_cast<T>(tap[t].weight) * load_up_to(row + j, width - j);
+            }
+            put(r, j, sum, std::min(width - j, kVector));
           }
-          put(j, sum, std::min(length - j, kVector));
         }
       }
     }

@@ -132,6 +132,36 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// Some lanes of a vector.
+template <class T>
+struct LaneMask {
+#if VITFAST_VECTOR_BYTES == 64
+  std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8> bits = 0;
+
+  void set(int64_t lane) { bits = static_cast<decltype(bits)>(bits | 1u << lane); }
+#else
+  typename VecOf<T>::Int lanes[kLanes<T>] = {};
+
+  void set(int64_t lane) { lanes[lane] = -1; }
+#endif
+};
+
+// Lane l holds what is at index[l] of x and y together, and 0 if it is not in the mask.
+template <class T>
+inline Vec<T> shuffle_or_zero(Vec<T> x, Vec<T> y, IntVec<T> index, const LaneMask<T>& mask) {
+#if VITFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_permutex2var_ps(mask.bits, (__m512)x, (__m512i)index, (__m512)y);
+  } else {
+    return (Vec<T>)_mm512_maskz_permutex2var_pd(mask.bits, (__m512d)x, (__m512i)index, (__m512d)y);
+  }
+#else
+  IntVec<T> kept;
+  std::memcpy(&kept, mask.lanes, sizeof(kept));
+  return (Vec<T>)((IntVec<T>)__builtin_shuffle(x, y, index) & kept);
+#endif
+}
+
 // ---- reductions and transposition, by halving ---------------------------------------------------------------------
 
 // Lanes come in groups of kWidth. Folds every group in two, and puts the halves of x and y side by side, in turn.
