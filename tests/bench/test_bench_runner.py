@@ -183,6 +183,14 @@ def test_a_peer_that_fails_is_skipped_and_named(monkeypatch):
     assert "not measured: broken of window_attention/tiny/forward float32 (RuntimeError)" in table.format_report(report)
 
 
+def test_no_case_begins_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(runner, "Rates", rates())
+    report = bench.run([tiny_case(), tiny_case()], CPU, [torch.float32], rounds=1, until=0.0)
+    assert report["records"] == []
+    assert [skipped["reason"] for skipped in report["skipped"]] == ["the time for the benchmark was over"] * 2
+    assert "the time for the benchmark was over" in table.format_report(report)
+
+
 def test_the_error_of_an_implementation_is_the_worst_of_its_results():
     exact = (torch.tensor([1.0, -4.0]).double(), torch.tensor([2.0]).double())
     assert runner.relative_error((torch.tensor([1.0, -3.0]), torch.tensor([2.1])), exact) == pytest.approx(0.25)

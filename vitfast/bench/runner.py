@@ -13,6 +13,7 @@ A report is a dictionary of basic types, ready for JSON:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ def run(
     compiled: bool = True,
     command: str = "",
     announce: Callable[[str], None] = lambda line: None,
+    until: float = math.inf,
 ) -> dict:
     """Measures all cases in all dtypes; returns the report.
 
@@ -85,12 +87,19 @@ def run(
         compiled: whether to measure the peers under torch.compile too.
         command: what the user typed, for the report.
         announce: called with a line of text when a case is done.
+        until: no case begins after that time of `time.monotonic`; the report lists those that were left out.
     """
     rates = Rates(device, dtypes)
     rates.sample()
     records, skipped = [], []
     jobs = [(case, dtype) for dtype in dtypes for case in cases]
     for number, (case, dtype) in enumerate(jobs, 1):
+        if time.monotonic() > until:
+            reason = "the time for the benchmark was over"
+            left = jobs[number - 1 :]
+            skipped += [_identity(one, device, kind) | {"impl": OURS, "reason": reason} for one, kind in left]
+            announce(f"{len(left)} cases were not measured: {reason}")
+            break
         try:
             measured = _measure(case, device, dtype, rounds, compiled)
         except Unavailable as error:

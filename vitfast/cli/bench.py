@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
+import time
 from pathlib import Path
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -49,12 +51,20 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out the peers under torch.compile: much quicker"
     )
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="N",
+        help="begin no case later than this after the start, and report what was measured until then (default: no end)",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and measure nothing")
     parser.set_defaults(func=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints tables and writes JSON."""
+    until = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
+
     import torch
 
     from vitfast import bench
@@ -92,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         compiled=not arguments.no_compile,
         command=_command(arguments, names),
         announce=_announce,
+        until=until,
     )
     print(bench.format_report(report))
     if arguments.json is not None:
@@ -117,6 +128,8 @@ def _command(arguments: argparse.Namespace, dtypes: list[str]) -> str:
     """The command that does the same again, without the file it writes to."""
     words = ["vitfast", "bench", arguments.pattern, "--device", arguments.device, "--dtype", ",".join(dtypes)]
     words += ["--rounds", str(arguments.rounds)]
+    if arguments.seconds is not None:
+        words += ["--seconds", str(arguments.seconds)]
     return shlex.join([*words, "--no-compile"] if arguments.no_compile else words)
 
 
