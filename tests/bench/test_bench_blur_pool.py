@@ -58,6 +58,6 @@ def test_counted_work():
 
 def test_cases():
     names = [case.name for case in cases("blur_pool2d/")]
-    assert len(names) == 64
+    assert len(names) == 96
     assert "blur_pool2d/blur_nhwc_8x512x14x14_4taps_stride2/forward" in names
     assert "blur_pool2d/norm_relu_blur_nchw_8x64x56x56_3taps_stride2/forward_backward" in names

@@ -37,7 +37,7 @@ def test_version(capsys):
 def test_help_names_every_command(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("study", "bench", "models", "info"):
+    for command in ("study", "hessian", "bench", "models", "info"):
         assert command in out
         assert run(capsys, command, "--help")[0] == 0
 
@@ -149,6 +149,39 @@ def test_models(capsys):
     parameters = sum(p.numel() for p in vitfast.create_model("alternet_18", num_classes=10).parameters())
     row = next(row for row in rows if row.startswith("alternet_18 "))
     assert int(row.split()[1].replace(",", "")) == parameters
+
+
+# ---- hessian ---------------------------------------------------------------------------------------------------------
+
+
+def test_hessian_writes_numbers_and_pictures(capsys, tmp_path):
+    out = tmp_path / "hessian"
+    options = ("--epochs", "1", "--set", "width=2", "--image-size", "8", "--batches", "2", "--batch-size", "8")
+    code, said, err = run(capsys, "hessian", "--out", str(out), *options, "--eigenvalues", "2", "--steps", "5")
+    assert code == 0, err
+    assert "largest eigenvalues of all together" in said
+    assert "are negative (NEP)" in said
+    numbers = json.loads((out / "hessian.json").read_text())
+    assert len(numbers["eigenvalues"]) == 2
+    assert all(numbers["converged"])
+    assert [len(values) for values in numbers["batch_eigenvalues"]] == [2, 2]
+    for picture in ("density.svg", "largest.svg"):
+        assert "<svg" in (out / picture).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "alexnet_9000"), "there is no model 'alexnet_9000'"),
+        (("--set", "width"), "--set takes OPTION=VALUE; got 'width'"),
+        (("--set", "colour=red"), "alternet_18 has no option colour"),
+        (("--weights", "no/such.pt"), "there is no file no/such.pt"),
+    ],
+)
+def test_hessian_names_wrong_input(capsys, tmp_path, options, message):
+    code, _, err = run(capsys, "hessian", "--out", str(tmp_path), *options)
+    assert code == 2
+    assert message in err
 
 
 # ---- study -----------------------------------------------------------------------------------------------------------

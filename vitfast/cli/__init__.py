@@ -48,14 +48,14 @@ def _fail(command: str, error: Exception, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from vitfast import __version__
-    from vitfast.cli import bench, info, models, study
+    from vitfast.cli import bench, hessian, info, models, study
 
     parser = _Parser(
         prog="vitfast",
-        description="Fused window attention for vision models in PyTorch: measure it, and train with it.",
+        description="Fused kernels for vision models in PyTorch: measure them, train with them, study what they train.",
     )
     parser.add_argument("--version", action="version", version=f"vitfast {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="command", required=True)
-    for command in (study, bench, models, info):
+    for command in (study, hessian, bench, models, info):
         command.add_parser(subparsers)
     return parser

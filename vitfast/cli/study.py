@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import os
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-_LARGEST_INTEGER = 2**63 - 1  # of 64 bits, as PyTorch takes for a seed or a size
+from vitfast.cli.arguments import check_device, check_folder, integer, positive_number, require_packages
 
 
 def add_parser(subparsers) -> None:
@@ -38,23 +33,23 @@ def add_parser(subparsers) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, for example (default: %(default)s)")
     size = parser.add_argument_group("in place of what the preset says")
-    size.add_argument("--epochs", type=_integer(1), metavar="N")
-    size.add_argument("--batch-size", type=_integer(2), metavar="N", help="images of a training step")
-    size.add_argument("--lr", type=_positive_number, metavar="RATE", help="the largest learning rate")
-    size.add_argument("--width", type=_integer(1), metavar="N", help="channels of the first stage of all models")
-    size.add_argument("--image-size", type=_integer(8), metavar="N", help="pixels of a side, for digits and folders")
-    size.add_argument("--max-train", type=_integer(2), metavar="N", help="train on at most so many images")
+    size.add_argument("--epochs", type=integer(1), metavar="N")
+    size.add_argument("--batch-size", type=integer(2), metavar="N", help="images of a training step")
+    size.add_argument("--lr", type=positive_number, metavar="RATE", help="the largest learning rate")
+    size.add_argument("--width", type=integer(1), metavar="N", help="channels of the first stage of all models")
+    size.add_argument("--image-size", type=integer(8), metavar="N", help="pixels of a side, for digits and folders")
+    size.add_argument("--max-train", type=integer(2), metavar="N", help="train on at most so many images")
     parser.set_defaults(func=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the study and writes the report."""
-    _check_requirements()
-    _check_folder(arguments.out)
-    device = _device(arguments.device)
+    require_packages("the study", "matplotlib", "tqdm")
+    check_folder(arguments.out)
+    device = check_device(arguments.device)
     from vitfast.cli import UserError
     from vitfast.cli.info import collect
     from vitfast.train import progress, report, study
@@ -112,77 +107,3 @@ def _lines(result) -> list[str]:
         f"{medians['alternet_plain']:.1f} ms in plain PyTorch ({result.step_ratio:.2f} x); "
         f"of the ResNet: {medians['resnet']:.1f} ms",
     ]
-
-
-def _integer(minimum: int) -> Callable[[str], int]:
-    """A type for argparse."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = -1
-        if number > _LARGEST_INTEGER:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer of at least {minimum} and at most {_LARGEST_INTEGER}; got {text!r}"
-            )
-        if number < minimum:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}; got {text!r}")
-        return number
-
-    return parse
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
-    return number
-
-
-def _check_requirements() -> None:
-    """Before minutes of training, not after."""
-    from importlib.util import find_spec
-
-    from vitfast.cli import UserError
-
-    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise UserError(f"the study needs {' and '.join(missing)}: pip install 'vitfast[study]'")
-
-
-def _check_folder(folder: Path) -> None:
-    """Makes the folder of the report and a file in it, and removes them: what forbids that is to show before training.
-
-    Permissions alone do not tell: the file system may be read-only or full, or a name too long.
-    """
-    from vitfast.cli import UserError
-
-    folder = folder.absolute()
-    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be used for the report: {error.strerror}") from error
-    finally:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
-
-
-def _device(text: str):
-    import torch
-
-    from vitfast.cli import UserError
-
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {text} cannot be used here: {reason}") from error
-    return device

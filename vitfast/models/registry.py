@@ -94,6 +94,11 @@ def create_model(
     return load_weights(model, entry.weights if pretrained is True else pretrained)
 
 
+def options_of(name: str) -> list[str]:
+    """The options that `create_model` takes for a name; none if there is no such model."""
+    return list(inspect.signature(_models[name].model).parameters) if name in _models else []
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """The names that `create_model` knows and that match a shell pattern, in order of registration.
 
