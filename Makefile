@@ -15,6 +15,9 @@ WORKERS ?= auto
 # For a PyTorch that brings none, as its CPU builds do; the kernels are then interpreted and compiled ahead of time.
 TRITON := triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x86_64'
 
+# What Hessians are compared with: the second, and what its import needs of all that it asks for.
+HESSIANS := pyhessian curvlinops-for-pytorch einconv einops linear_operator opt_einsum
+
 BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RESULTS := $(CURDIR)/benchmarks/results
@@ -51,6 +54,7 @@ SOURCES := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --quiet "$(TRITON)"
 	$(PIP_INSTALL) --quiet setuptools ninja pybind11
 	$(PIP_INSTALL) --quiet --no-deps timm torchvision kornia kornia_rs
+	$(PIP_INSTALL) --quiet --no-deps $(HESSIANS)
 	@echo "building vitfast"
 	$(PIP_INSTALL) --quiet --no-build-isolation -e ".[dev]"
 	@touch $@

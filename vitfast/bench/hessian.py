@@ -143,7 +143,7 @@ def _curvlinops(problem: _Problem) -> Run:
         if not made:
             from curvlinops import HessianLinearOperator
 
-            params = dict(problem.model.named_parameters())
+            params = list(problem.model.parameters())
             data = [(problem.images, problem.labels)]
             loss = nn.CrossEntropyLoss()
             made.append(HessianLinearOperator(problem.model, loss, params, data, check_deterministic=False))

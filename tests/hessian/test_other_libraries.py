@@ -1,0 +1,55 @@
+"""PyHessian and curvlinops find the same numbers for the same model and data."""
+
+from __future__ import annotations
+
+import pyhessian
+import pytest
+import torch
+import torch.nn.functional as F
+from curvlinops import GGNLinearOperator, HessianLinearOperator
+from hessian_cases import Normalised, made, ragged
+from pyhessian.utils import hessian_vector_product
+from torch import nn
+from torch.testing import assert_close
+
+import vitfast
+from vitfast.hessian import HessianOperator, max_eigenvalue_spectrum, spectral_density, trace
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_curvlinops(curvature):
+    """On a model without layer normalisation, through which its products, gradients of tangents, are wrong."""
+    model, inputs, targets = made(Normalised, batch=10)
+    batches = list(zip(inputs.split(4), targets.split(4), strict=True))
+    operator = HessianOperator(model, F.cross_entropy, batches, curvature=curvature)
+    kind = {"hessian": HessianLinearOperator, "gauss_newton": GGNLinearOperator}[curvature]
+    theirs = kind(model, nn.CrossEntropyLoss(), list(model.parameters()), batches)
+    vectors = torch.randn(operator.shape[0], 3, dtype=torch.float64)
+    assert_close(operator @ vectors, (theirs @ vectors).detach())
+
+
+def test_pyhessian():
+    model, inputs, targets, batches = ragged()
+    operator = HessianOperator(model, F.cross_entropy, batches)
+    theirs = pyhessian.hessian(model, nn.CrossEntropyLoss(), data=(inputs, targets), cuda=False)
+    for vector in torch.randn(3, operator.shape[0], dtype=torch.float64):
+        parts = list(operator.layout.unflatten(vector).values())
+        product = hessian_vector_product(theirs.gradsH, theirs.params, parts)
+        assert_close(operator @ vector, torch.cat([part.flatten() for part in product]))
+
+
+def test_pyhessian_on_an_accelerated_model():
+    """It differentiates twice in reverse, which PyTorch's own fused attention refuses."""
+    torch.manual_seed(0)
+    model = vitfast.create_model(
+        "vit_ti", num_classes=3, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, in_channels=1
+    )
+    inputs, targets = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
+    theirs = pyhessian.hessian(model.eval(), nn.CrossEntropyLoss(), data=(inputs, targets), cuda=False)
+    (value,), _ = theirs.eigenvalues(maxIter=300, tol=1e-6)
+    operator = HessianOperator(model, F.cross_entropy, [(inputs, targets)])
+    spectrum = max_eigenvalue_spectrum(model, F.cross_entropy, [(inputs, targets)], k=1)
+    assert spectrum.values.item() == pytest.approx(value, rel=1e-3)
+    exact = operator.to_dense().trace().item()
+    assert trace(operator, 64).value == pytest.approx(exact, rel=0.3)
+    assert spectral_density(operator, 20, 4).moment(1)[0] * operator.shape[0] == pytest.approx(exact, rel=0.7)
