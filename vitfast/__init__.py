@@ -1,6 +1,6 @@
-"""vitfast: fused attention and blur pooling for vision models in PyTorch."""
+"""vitfast: fused kernels for vision models in PyTorch, and the Hessians of what they train."""
 
-from vitfast import functional, nn
+from vitfast import functional, hessian, nn
 from vitfast._version import __version__
 from vitfast.analysis import predict
 from vitfast.models import accelerate, create_model, list_models, load_weights, restore
@@ -15,6 +15,7 @@ __all__ = [
     "backend",
     "create_model",
     "functional",
+    "hessian",
     "list_models",
     "load_weights",
     "nn",

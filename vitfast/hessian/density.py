@@ -80,10 +80,11 @@ class SpectralDensity:
         mean, deviation = self.evaluate(grid)
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        floor = 1e-7 * mean.max().item()
+        top = (mean + deviation).max().item()
+        floor = 1e-7 * top
         axes.fill_between(grid, (mean - deviation).clamp_min(floor), mean + deviation, alpha=0.25, linewidth=0)
         axes.semilogy(grid, mean.clamp_min(floor), linewidth=1.2)
-        axes.set(xlabel="eigenvalue", ylabel="density", title=title, ylim=(floor, None))
+        axes.set(xlabel="eigenvalue", ylabel="density", title=title, ylim=(floor, 3 * top))
         figure.savefig(path)
 
 
