@@ -62,6 +62,23 @@ def test_frozen_parameters_are_left_out():
     assert_close(operator.to_dense(), dense_hessian(model, inputs, targets))
 
 
+def test_kept_graphs_give_the_same_and_follow_the_parameters():
+    model, inputs, targets, batches = ragged()
+    options = {"weight_decay": 0.1, "params": lambda name: name != "norm.bias"}
+    kept = HessianOperator(model, F.cross_entropy, batches, keep_graphs=True, **options)
+    plain = HessianOperator(model, F.cross_entropy, batches, **options)
+    for _ in range(2):
+        assert_close(kept.to_dense(), plain.to_dense())
+        assert_close(kept @ torch.ones(kept.shape[0], dtype=torch.float64), plain.to_dense().sum(1))
+        with torch.no_grad():
+            model.last.weight += 0.1
+    linear = nn.Linear(5, 1).double()  # of whose loss no gradient depends on a parameter
+    flat = HessianOperator(linear, lambda out, y: out.mean(), [(inputs, targets)], keep_graphs=True)
+    assert not flat.to_dense().any()
+    with pytest.raises(ValueError, match="keep_graphs is for curvature='hessian'"):
+        HessianOperator(model, F.cross_entropy, batches, keep_graphs=True, curvature="gauss_newton")
+
+
 def test_gauss_newton():
     model, inputs, targets, batches = ragged()
     operator = HessianOperator(model, F.cross_entropy, batches, curvature="gauss_newton")
