@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import vitfast
-from vitfast.hessian import HessianOperator, max_eigenvalue_spectrum, spectral_density, trace
+from vitfast.hessian import HessianOperator, max_eigenvalue_spectrum
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
@@ -47,9 +47,5 @@ def test_pyhessian_on_an_accelerated_model():
     inputs, targets = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
     theirs = pyhessian.hessian(model.eval(), nn.CrossEntropyLoss(), data=(inputs, targets), cuda=False)
     (value,), _ = theirs.eigenvalues(maxIter=300, tol=1e-6)
-    operator = HessianOperator(model, F.cross_entropy, [(inputs, targets)])
     spectrum = max_eigenvalue_spectrum(model, F.cross_entropy, [(inputs, targets)], k=1)
     assert spectrum.values.item() == pytest.approx(value, rel=1e-3)
-    exact = operator.to_dense().trace().item()
-    assert trace(operator, 64).value == pytest.approx(exact, rel=0.3)
-    assert spectral_density(operator, 20, 4).moment(1)[0] * operator.shape[0] == pytest.approx(exact, rel=0.7)

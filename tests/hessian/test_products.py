@@ -46,7 +46,8 @@ def test_batched_products_are_single_ones_symmetric_and_differences_of_gradients
 
     step = 1e-6
     differences = (gradient(step) - gradient(-step)) / (2 * step)
-    assert (differences - products[:, 0]).norm() <= 1e-4 * products[:, 0].norm()  # some have kinks nearby
+    kinks = build in (alternet, resnet)  # of their ReLUs, which a step may cross
+    assert (differences - products[:, 0]).norm() <= (1e-4 if kinks else 1e-6) * products[:, 0].norm()
 
 
 @every
