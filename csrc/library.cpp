@@ -15,6 +15,11 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   m.def(
       "attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, float scale) -> "
       "(Tensor grad_qkv, Tensor grad_bias)");
+  // Tangents, `count` at once: of the output, and of what the backward returns. Results that are given are written.
+  m.def(
+      "attention_tangents(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? grad, Tensor? query_t, Tensor? "
+      "key_t, Tensor? value_t, Tensor? bias_t, Tensor? grad_t, int count, float scale, Tensor(a!)? out_t, Tensor(b!)? "
+      "query_grad_t, Tensor(c!)? key_grad_t, Tensor(d!)? value_grad_t, Tensor(e!)? bias_grad_t) -> ()");
   m.def(
       "blur_pool2d(Tensor x, Tensor kernel, int[] stride, int[] padding, int padding_mode, Tensor? scale, Tensor? "
       "shift, int activation, float temperature) -> Tensor");
@@ -38,6 +43,11 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   m.def(
       "window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor lse, int[] window_size, int[] "
       "shift, float scale) -> (Tensor grad_qkv, Tensor grad_bias)");
+  m.def(
+      "window_attention_tangents(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? grad, Tensor? query_t, "
+      "Tensor? key_t, Tensor? value_t, Tensor? bias_t, Tensor? grad_t, int count, int[] window_size, int[] shift, "
+      "float scale, Tensor(a!)? out_t, Tensor(b!)? query_grad_t, Tensor(c!)? key_grad_t, Tensor(d!)? value_grad_t, "
+      "Tensor(e!)? bias_grad_t) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
@@ -45,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&vitfast::attention_backward_cpu));
   m.impl("attention_qkvpacked", TORCH_BOX(&vitfast::attention_qkvpacked_cpu));
   m.impl("attention_qkvpacked_backward", TORCH_BOX(&vitfast::attention_qkvpacked_backward_cpu));
+  m.impl("attention_tangents", TORCH_BOX(&vitfast::attention_tangents_cpu));
   m.impl("blur_pool2d", TORCH_BOX(&vitfast::blur_pool2d_cpu));
   m.impl("blur_pool2d_backward", TORCH_BOX(&vitfast::blur_pool2d_backward_cpu));
   m.impl("gelu", TORCH_BOX(&vitfast::gelu_cpu));
@@ -53,4 +64,5 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));
   m.impl("window_attention_qkvpacked", TORCH_BOX(&vitfast::window_attention_qkvpacked_cpu));
   m.impl("window_attention_qkvpacked_backward", TORCH_BOX(&vitfast::window_attention_qkvpacked_backward_cpu));
+  m.impl("window_attention_tangents", TORCH_BOX(&vitfast::window_attention_tangents_cpu));
 }

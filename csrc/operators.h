@@ -25,6 +25,13 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_cpu(Tensor qkv, std::optional<Ten
 std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
                                                             Tensor out, Tensor lse, double scale);
 
+void attention_tangents_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                            std::optional<Tensor> grad, std::optional<Tensor> query_t, std::optional<Tensor> key_t,
+                            std::optional<Tensor> value_t, std::optional<Tensor> bias_t, std::optional<Tensor> grad_t,
+                            int64_t count, double scale, std::optional<Tensor> out_t,
+                            std::optional<Tensor> query_grad_t, std::optional<Tensor> key_grad_t,
+                            std::optional<Tensor> value_grad_t, std::optional<Tensor> bias_grad_t);
+
 Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                        int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
                        int64_t activation, double temperature);
@@ -55,5 +62,14 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_cpu(Tensor qkv, std::optio
 std::tuple<Tensor, Tensor> window_attention_qkvpacked_backward_cpu(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
                                                                    Tensor lse, std::vector<int64_t> window_size,
                                                                    std::vector<int64_t> shift, double scale);
+
+void window_attention_tangents_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                   std::optional<Tensor> grad, std::optional<Tensor> query_t,
+                                   std::optional<Tensor> key_t, std::optional<Tensor> value_t,
+                                   std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
+                                   std::vector<int64_t> window_size, std::vector<int64_t> shift, double scale,
+                                   std::optional<Tensor> out_t, std::optional<Tensor> query_grad_t,
+                                   std::optional<Tensor> key_grad_t, std::optional<Tensor> value_grad_t,
+                                   std::optional<Tensor> bias_grad_t);
 
 }  // namespace vitfast

@@ -11,12 +11,15 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/pages.h"
+#include "cpu/tangents_of.h"
 #include "operators.h"
 
 namespace vitfast {
 namespace {
 
 using cpu::AttentionProblem;
+using cpu::AttentionTangents;
+using cpu::Batch;
 using cpu::BiasView;
 using cpu::on_huge_pages;
 using cpu::SequenceView;
@@ -150,6 +153,21 @@ Tensor backward(const Shape& shape, const Tensor& grad, const SequenceView& grad
   return bias_grad;
 }
 
+// Of a (K, B, heads, tokens, D) tensor.
+Batch<SequenceView> batch_of(const std::optional<Tensor>& x, const Tensor& primal, int64_t count) {
+  if (!x.has_value()) return {};
+  check(cpu::is_batch_of(*x, primal, primal.scalar_type(), count), "tangents must be (K, *shape of the primal)");
+  return {{x->data_ptr(), {x->stride(1), x->stride(2), x->stride(3), x->stride(4)}}, x->stride(0)};
+}
+
+Batch<BiasView> bias_batch_of(const std::optional<Tensor>& x, const std::optional<Tensor>& bias, int64_t count,
+                              const Shape& shape) {
+  if (!x.has_value()) return {};
+  check(bias.has_value() && cpu::is_batch_of(*x, *bias, bias->scalar_type(), count),
+        "the bias's tangents must be (K, *shape of the bias)");
+  return {bias_view(torch::stable::select(*x, 0, 0), shape), x->stride(0)};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
@@ -191,6 +209,47 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor 
                                     packed_view(qkv, 2), bias, lse, scale, packed_view(grad_qkv, 0),
                                     packed_view(grad_qkv, 1), packed_view(grad_qkv, 2), {grad_qkv});
   return {grad_qkv, bias_grad};
+}
+
+void attention_tangents_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                            std::optional<Tensor> grad, std::optional<Tensor> query_t, std::optional<Tensor> key_t,
+                            std::optional<Tensor> value_t, std::optional<Tensor> bias_t, std::optional<Tensor> grad_t,
+                            int64_t count, double scale, std::optional<Tensor> out_t,
+                            std::optional<Tensor> query_grad_t, std::optional<Tensor> key_grad_t,
+                            std::optional<Tensor> value_grad_t, std::optional<Tensor> bias_grad_t) {
+  const Shape shape = shape_of(query, key, value);
+  if (grad.has_value()) check_outputs(shape, *grad, *grad, false);
+  AttentionTangents call{};
+  call.problem = problem_of(shape, bias, scale);
+  call.count = count;
+  call.query = view_of(query), call.key = view_of(key), call.value = view_of(value);
+  if (grad.has_value()) call.grad = view_of(*grad);
+  call.query_t = batch_of(query_t, query, count);
+  call.key_t = batch_of(key_t, key, count);
+  call.value_t = batch_of(value_t, value, count);
+  call.grad_t = batch_of(grad_t, query, count);
+  call.bias_t = bias_batch_of(bias_t, bias, count, shape);
+  call.out_t = batch_of(out_t, query, count);
+  call.query_grad_t = batch_of(query_grad_t, query, count);
+  call.key_grad_t = batch_of(key_grad_t, key, count);
+  call.value_grad_t = batch_of(value_grad_t, value, count);
+  if (!cpu::prepare_results(call, shape.empty() || count == 0, out_t, query_grad_t, key_grad_t, value_grad_t,
+                            bias_grad_t)) {
+    return;
+  }
+  check(grad.has_value() || !cpu::wants_gradients(call, bias_grad_t), "tangents of gradients need grad");
+  if (!bias_grad_t.has_value()) return kernels().tangents(call);
+  check(bias.has_value() && cpu::is_batch_of(*bias_grad_t, *bias, bias->scalar_type(), count) &&
+            bias_grad_t->is_contiguous(),
+        "bias_grad_t must be contiguous, (K, *shape of the bias)");
+  const BiasView& view = call.problem.bias;
+  const int64_t biases = view.batch * view.heads, size = view.queries * shape.keys;
+  call.splits = splits_of(shape, view);
+  const Tensor partial =
+      call.splits == 1 ? *bias_grad_t : torch::stable::new_empty(*bias_grad_t, {count * biases, call.splits, size});
+  call.bias_grad_t = partial.data_ptr();
+  kernels().tangents(call);
+  if (call.splits > 1) cpu::add_up_partial_sums(partial, count * biases, call.splits, size, *bias_grad_t);
 }
 
 }  // namespace vitfast

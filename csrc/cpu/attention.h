@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/storage.h"
+#include "cpu/tangents.h"
 
 namespace vitfast::cpu {
 
@@ -45,9 +46,12 @@ struct AttentionBackward {
   int64_t splits;
 };
 
+using AttentionTangents = TangentsCall<AttentionProblem, SequenceView, BiasView>;
+
 struct AttentionKernels {
   void (*forward)(const AttentionForward&);
   void (*backward)(const AttentionBackward&);
+  void (*tangents)(const AttentionTangents&);
 };
 
 namespace baseline {

@@ -11,14 +11,17 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/pages.h"
+#include "cpu/tangents_of.h"
 #include "operators.h"
 
 namespace vitfast {
 namespace {
 
+using cpu::Batch;
 using cpu::MapView;
 using cpu::on_huge_pages;
 using cpu::WindowAttentionProblem;
+using cpu::WindowAttentionTangents;
 using torch::headeronly::ScalarType;
 
 const cpu::WindowAttentionKernels& kernels() {
@@ -135,16 +138,20 @@ int64_t splits_of(int64_t windows) {
   return splits;
 }
 
+void check_grad(const Shape& shape, const Tensor& grad) {
+  check(grad.dim() == 5 && grad.scalar_type() == shape.dtype && grad.size(0) == shape.batch &&
+            grad.size(1) == shape.height && grad.size(2) == shape.width && grad.size(3) == shape.heads &&
+            grad.size(4) == shape.dim,
+        "grad must have the output's shape and dtype");
+}
+
 Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, const MapView& key, const MapView& value,
                 const std::optional<Tensor>& bias, const Tensor& lse, const std::vector<int64_t>& window,
                 const std::vector<int64_t>& shift, double scale, const MapView& grad_query, const MapView& grad_key,
                 const MapView& grad_value) {
   const std::optional<Tensor> dense_bias = contiguous_bias(bias);
   const WindowAttentionProblem problem = problem_of(shape, dense_bias, window, shift, scale, query);
-  check(grad.dim() == 5 && grad.scalar_type() == shape.dtype && grad.size(0) == shape.batch &&
-            grad.size(1) == shape.height && grad.size(2) == shape.width && grad.size(3) == shape.heads &&
-            grad.size(4) == shape.dim,
-        "grad must have the output's shape and dtype");
+  check_grad(shape, grad);
   check(lse.is_contiguous() && lse.scalar_type() == cpu::compute_dtype(shape.dtype) &&
             lse.numel() == shape.batch * shape.heads * shape.height * shape.width,
         "lse must be what the forward returned");
@@ -170,6 +177,16 @@ Tensor backward(const Shape& shape, const Tensor& grad, const MapView& query, co
                              bias_grad);
   }
   return bias_grad;
+}
+
+// Of a (K, B, H, W, heads, D) tensor.
+Batch<MapView> batch_of(const std::optional<Tensor>& x, const Tensor& primal, int64_t count) {
+  if (!x.has_value()) return {};
+  check(cpu::is_batch_of(*x, primal, primal.scalar_type(), count), "tangents must be (K, *shape of the primal)");
+  MapView view;
+  view.data = x->data_ptr();
+  for (int i = 0; i < 5; ++i) view.stride[i] = x->stride(i + 1);
+  return {view, x->stride(0)};
 }
 
 }  // namespace
@@ -211,6 +228,62 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_backward_cpu(Tensor grad, 
       backward(shape, grad, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, lse, window_size,
                shift, scale, packed_view(grad_qkv, 0), packed_view(grad_qkv, 1), packed_view(grad_qkv, 2));
   return {grad_qkv, bias_grad};
+}
+
+void window_attention_tangents_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                   std::optional<Tensor> grad, std::optional<Tensor> query_t,
+                                   std::optional<Tensor> key_t, std::optional<Tensor> value_t,
+                                   std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
+                                   std::vector<int64_t> window_size, std::vector<int64_t> shift, double scale,
+                                   std::optional<Tensor> out_t, std::optional<Tensor> query_grad_t,
+                                   std::optional<Tensor> key_grad_t, std::optional<Tensor> value_grad_t,
+                                   std::optional<Tensor> bias_grad_t) {
+  const Shape shape = shape_of(query, key, value);
+  const std::optional<Tensor> dense_bias = contiguous_bias(bias);
+  WindowAttentionTangents call{};
+  call.problem = problem_of(shape, dense_bias, window_size, shift, scale, view_of(query));
+  call.count = count;
+  call.query = view_of(query), call.key = view_of(key), call.value = view_of(value);
+  if (grad.has_value()) {
+    check_grad(shape, *grad);
+    call.grad = view_of(*grad);
+  }
+  call.query_t = batch_of(query_t, query, count);
+  call.key_t = batch_of(key_t, key, count);
+  call.value_t = batch_of(value_t, value, count);
+  call.grad_t = batch_of(grad_t, query, count);
+  const std::optional<Tensor> dense_bias_t = contiguous_bias(bias_t);
+  if (bias_t.has_value()) {
+    check(bias.has_value() && cpu::is_batch_of(*bias_t, *bias, bias->scalar_type(), count),
+          "the bias's tangents must be (K, *shape of the bias)");
+    call.bias_t = {{dense_bias_t->data_ptr()}, dense_bias_t->stride(0)};
+  }
+  call.out_t = batch_of(out_t, query, count);
+  call.query_grad_t = batch_of(query_grad_t, query, count);
+  call.key_grad_t = batch_of(key_grad_t, key, count);
+  call.value_grad_t = batch_of(value_grad_t, value, count);
+  if (!cpu::prepare_results(call, empty(shape) || count == 0, out_t, query_grad_t, key_grad_t, value_grad_t,
+                            bias_grad_t)) {
+    return;
+  }
+  check(grad.has_value() || !cpu::wants_gradients(call, bias_grad_t), "tangents of gradients need grad");
+  if (!bias_grad_t.has_value()) return kernels().tangents(call);
+  check(bias.has_value() && cpu::is_batch_of(*bias_grad_t, *bias, bias->scalar_type(), count) &&
+            bias_grad_t->is_contiguous(),
+        "bias_grad_t must be contiguous, (K, *shape of the bias)");
+  const WindowAttentionProblem& problem = call.problem;
+  call.splits = splits_of(shape.batch * problem.windows());
+  const int64_t sums_per_bias = problem.bias_shared ? shape.heads * call.splits : call.splits;
+  const Tensor partial =
+      sums_per_bias == 1 ? *bias_grad_t
+                         : torch::stable::new_empty(
+                               *bias_grad_t, {count * shape.heads * call.splits, problem.queries(), problem.keys()});
+  call.bias_grad_t = partial.data_ptr();
+  kernels().tangents(call);
+  if (sums_per_bias > 1) {
+    cpu::add_up_partial_sums(partial, count * bias->size(0), sums_per_bias, problem.queries() * problem.keys(),
+                             *bias_grad_t);
+  }
 }
 
 }  // namespace vitfast

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/storage.h"
+#include "cpu/tangents.h"
 
 namespace vitfast::cpu {
 
@@ -79,9 +80,17 @@ struct WindowAttentionBackward {
   int64_t splits;
 };
 
+// Of the form of `WindowAttentionProblem::bias`.
+struct WindowBiasView {
+  const void* data = nullptr;
+};
+
+using WindowAttentionTangents = TangentsCall<WindowAttentionProblem, MapView, WindowBiasView>;
+
 struct WindowAttentionKernels {
   void (*forward)(const WindowAttentionForward&);
   void (*backward)(const WindowAttentionBackward&);
+  void (*tangents)(const WindowAttentionTangents&);
 };
 
 namespace baseline {

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cpu/window_attention_planes.h"
-#include "cpu/window_attention_tokens.h"
+#include "cpu/window_attention_tangents.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
@@ -51,14 +51,15 @@ void forward_of(const WindowAttentionForward& call) {
   });
 }
 
-template <class Window>
-void backward_of(const WindowAttentionBackward& call) {
-  using T = typename Window::T;
+// Computes all windows of a call that sums up gradients of the bias: `begin(compute)` and `finish(compute, run)` are
+// called around every run of windows that have one sum.
+template <class Window, class Call, class Begin, class Finish>
+void run_windows(const Call& call, bool sums_bias, Begin begin_run, Finish finish_run) {
   const WindowAttentionProblem& problem = call.problem;
-  const Walk<T> walk(problem);
+  const Walk<typename Window::T> walk(problem);
   const typename Window::Tasks tasks(walk);
   const int64_t bytes = Window(call, walk, Arena()).bytes();
-  if (call.bias_grad == nullptr) {
+  if (!sums_bias) {
     parallel_for(problem.batch * problem.heads * tasks.per_map(), tasks.grain(), [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);
       Window compute(call, walk, Arena(scratch.data()));
@@ -66,18 +67,45 @@ void backward_of(const WindowAttentionBackward& call) {
     });
     return;
   }
-  const int64_t bias_size = problem.queries() * problem.keys();
   parallel_for(problem.heads * call.splits, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     Window compute(call, walk, Arena(scratch.data()));
     for (int64_t run = begin; run < end; ++run) {
       const int64_t head = run / call.splits, split = run % call.splits, count = problem.batch * tasks.per_map();
-      compute.bias_grad().begin();
+      begin_run(compute);
       run_tasks(compute, count * split / call.splits, count * (split + 1) / call.splits,
                 [&](int64_t i) { return tasks.task(i / tasks.per_map(), head, i % tasks.per_map()); });
-      compute.bias_grad().finish(static_cast<T*>(call.bias_grad) + run * bias_size);
+      finish_run(compute, run);
     }
   });
+}
+
+template <class Window>
+void backward_of(const WindowAttentionBackward& call) {
+  using T = typename Window::T;
+  const int64_t bias_size = call.problem.queries() * call.problem.keys();
+  run_windows<Window>(
+      call, call.bias_grad != nullptr, [](Window& compute) { compute.bias_grad().begin(); },
+      [&](Window& compute, int64_t run) {
+        compute.bias_grad().finish(static_cast<T*>(call.bias_grad) + run * bias_size);
+      });
+}
+
+template <class S>
+void tangents_of(const WindowAttentionTangents& call) {
+  using T = Compute<S>;
+  using Window = WindowTangents<S>;
+  const int64_t bias_size = call.problem.queries() * call.problem.keys();
+  const int64_t step = call.problem.heads * call.splits * bias_size;
+  run_windows<Window>(
+      call, call.bias_grad_t != nullptr,
+      [](Window& compute) {
+        for (BiasGrad<T>& grad_t : compute.bias_grads_t()) grad_t.begin();
+      },
+      [&](Window& compute, int64_t run) {
+        T* out = static_cast<T*>(call.bias_grad_t) + run * bias_size;
+        for (const BiasGrad<T>& grad_t : compute.bias_grads_t()) grad_t.finish(out), out += step;
+      });
 }
 
 // Channels-first maps: no map's elements are adjacent.
@@ -102,8 +130,12 @@ void backward(const WindowAttentionBackward& call) {
   });
 }
 
+void tangents(const WindowAttentionTangents& call) {
+  with_storage(call.problem.storage, [&](auto s) { tangents_of<decltype(s)>(call); });
+}
+
 }  // namespace
 
-extern const WindowAttentionKernels window_attention_kernels = {forward, backward};
+extern const WindowAttentionKernels window_attention_kernels = {forward, backward, tangents};
 
 }  // namespace vitfast::cpu::VITFAST_ISA

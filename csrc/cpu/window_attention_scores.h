@@ -124,7 +124,11 @@ struct BiasPart {
 template <class T>
 class WindowBias {
  public:
-  WindowBias(const Walk<T>& walk, bool keep, Arena& arena) : problem_(walk.problem), keep_(keep) {
+  WindowBias(const Walk<T>& walk, bool keep, Arena& arena) : WindowBias(walk, walk.problem.bias, keep, arena) {}
+
+  // Of `bias`, in the place of the problem's.
+  WindowBias(const Walk<T>& walk, const void* bias, bool keep, Arena& arena)
+      : problem_(walk.problem), bias_(static_cast<const T*>(bias)), keep_(keep) {
     std::array<int64_t, kWindowKinds> sizes{}, queries{};
     for_each_window_kind(walk, [&](const Tokens& window_queries, const Tokens& window_keys) {
       const int slot = slot_of(window_queries);
@@ -146,7 +150,7 @@ class WindowBias {
     const Columns<T> columns(keys.count());
     const bool whole = used_in_place(queries.count(), columns);
     const int64_t head_size = problem_.queries() * problem_.keys();
-    const T* bias = static_cast<const T*>(problem_.bias);
+    const T* bias = bias_;
     if (bias != nullptr && !problem_.bias_shared) bias += head * head_size;
     slot_ = &slots_[slot_of(queries)];
     data_ = whole ? bias : slot_->copy;
@@ -179,11 +183,11 @@ class WindowBias {
 
   int slot_of(const Tokens& queries) const { return keep_ ? window_kind(problem_, queries) : 0; }
   bool used_in_place(int64_t queries, const Columns<T>& columns) const {
-    return problem_.bias != nullptr && queries == problem_.queries() && columns.width() <= columns.count;
+    return bias_ != nullptr && queries == problem_.queries() && columns.width() <= columns.count;
   }
   int64_t copied(int64_t queries, const Columns<T>& columns) const {
     if (used_in_place(queries, columns)) return 0;
-    return (problem_.bias == nullptr ? 1 : queries) * round_up(columns.count, kLanes<T>);
+    return (bias_ == nullptr ? 1 : queries) * round_up(columns.count, kLanes<T>);
   }
   void set_stride(int64_t stride) {
     if (stride == stride_) return;
@@ -206,6 +210,7 @@ class WindowBias {
   }
 
   const WindowAttentionProblem& problem_;
+  const T* bias_;
   bool keep_;
   std::array<Slot, kWindowKinds> slots_{};
   Slot* slot_ = nullptr;

@@ -71,6 +71,7 @@ S* first_element(const MapView& view, int64_t batch, int64_t head, const Tokens&
 template <class S>
 class TokenRows {
  public:
+  using Storage = S;
   using T = Compute<S>;
 
   TokenRows(const MapView& view, int64_t dim, int64_t most_tokens, Arena& arena)

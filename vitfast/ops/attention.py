@@ -22,6 +22,7 @@ Causal masks and dropout have no kernel: such calls are the definition in plain 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
+from vitfast.ops._tangents import Rule, count_of, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "attention"
@@ -89,11 +91,11 @@ def _definition(qkv: tuple[Tensor, ...], bias: Tensor | None, scale: float, **op
     return _swapped(qkv, output).contiguous() if len(qkv) == 1 else output
 
 
-def _unpack(qkv: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """(query, key, value), each (B, heads, tokens, D); None, a tangent of zero, is taken apart like a tensor."""
+def _unpack(qkv: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """(query, key, value), each (..., heads, tokens, D); None, a tangent of zero, is taken apart like a tensor."""
     if len(qkv) == 3:
-        return qkv
-    return (None, None, None) if qkv[0] is None else tuple(t.transpose(1, 2) for t in qkv[0].unbind(2))
+        return tuple(qkv)
+    return (None, None, None) if qkv[0] is None else tuple(t.transpose(-3, -2) for t in qkv[0].unbind(-3))
 
 
 def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -103,8 +105,8 @@ def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
 
 
 def _swapped(qkv: tuple[Tensor, ...], x: Tensor | None) -> Tensor | None:
-    """(B, heads, N, D) from a tensor in the layout of the output, or the other way round."""
-    return x.transpose(1, 2) if len(qkv) == 1 and x is not None else x
+    """(..., heads, N, D) from a tensor in the layout of the output, or the other way round."""
+    return x.transpose(-3, -2) if len(qkv) == 1 and x is not None else x
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -264,17 +266,61 @@ class AttentionBackward(torch.autograd.Function):
 
 def _tangent(spec, bias, qkv, bias_t, qkv_t) -> Tensor:
     """The tangent of the output; a packed tangent is taken apart like its primal."""
-    tangents = (*_unpack(qkv_t), bias_t)
-    return _swapped(qkv, reference.attention_tangent(*_unpack(qkv), bias, tangents, scale=spec.scale))
+    return tangents_of(_OUTPUT, spec, (bias, *qkv), (bias_t, *qkv_t))[0]
 
 
 def _backward_tangent(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tensor | None, ...]:
     """The tangents of the gradients of qkv (packed if qkv is), then of the bias's gradient."""
-    grad, grad_t, tangents = _swapped(qkv, grad), _swapped(qkv, grad_t), (*_unpack(qkv_t), bias_t)
-    *qkv_grad_t, bias_grad_t = reference.attention_backward_tangent(
-        grad, *_unpack(qkv), bias, grad_t, tangents, scale=spec.scale
+    results = tangents_of(_GRADIENTS, spec, (bias, grad, *qkv), (bias_t, grad_t, *qkv_t))
+    return (*results, None) if bias is None else results
+
+
+def _define_output(spec, primals, tangents):
+    (bias, *qkv), (bias_t, *qkv_t) = primals, tangents
+    output_t = reference.attention_tangent(*_unpack(qkv), bias, (*_unpack(qkv_t), bias_t), scale=spec.scale)
+    return (_swapped(qkv, output_t),)
+
+
+def _define_gradients(spec, primals, tangents):
+    (bias, grad, *qkv), (bias_t, grad_t, *qkv_t) = primals, tangents
+    grad, grad_t = _swapped(qkv, grad), _swapped(qkv, grad_t)
+    *grads_t, bias_grad_t = reference.attention_backward_tangent(
+        grad, *_unpack(qkv), bias, grad_t, (*_unpack(qkv_t), bias_t), scale=spec.scale
     )
-    return (*_repack(len(qkv) == 1, *qkv_grad_t), bias_grad_t)
+    grads_t = _repack(len(qkv) == 1, *grads_t)
+    return grads_t if bias is None else (*grads_t, bias_grad_t)
+
+
+def _compute_output(spec, primals, tangents):
+    (bias, *qkv), (bias_t, *qkv_t) = primals, tangents
+    query, key, value = _unpack(qkv)
+    count, (batch, heads, tokens, dim) = count_of(tangents), query.shape
+    output_t = query.new_empty(count, batch, tokens, heads, dim)
+    torch.ops.vitfast.attention_tangents(
+        *(query, key, value, bias, None),
+        *(*_unpack(qkv_t), bias_t, None),
+        *(count, spec.scale),
+        *(output_t.transpose(2, 3), None, None, None, None),
+    )
+    return (output_t if len(qkv) == 1 else output_t.transpose(2, 3),)
+
+
+def _compute_gradients(spec, primals, tangents):
+    (bias, grad, *qkv), (bias_t, grad_t, *qkv_t) = primals, tangents
+    count = count_of(tangents)
+    grads_t = tuple(t.new_empty(count, *t.shape) for t in qkv)
+    bias_grad_t = None if bias is None else bias.new_empty(count, *bias.shape)
+    torch.ops.vitfast.attention_tangents(
+        *(*_unpack(qkv), bias, _swapped(qkv, grad)),
+        *(*_unpack(qkv_t), bias_t, _swapped(qkv, grad_t)),
+        *(count, spec.scale),
+        *(None, *_unpack(grads_t), bias_grad_t),
+    )
+    return grads_t if bias is None else (*grads_t, bias_grad_t)
+
+
+_OUTPUT = Rule(_compute_output, _define_output)
+_GRADIENTS = Rule(_compute_gradients, _define_gradients)
 
 
 def _heads_dim(qkv: tuple[Tensor, ...]) -> int:
@@ -384,3 +430,5 @@ def _register() -> None:
 
 if _extension.available():
     _register()
+    # It returns nothing: results are written.
+    torch.library.register_fake("vitfast::attention_tangents", lambda *arguments: None)

@@ -19,6 +19,7 @@ Dynamo refuses a Function that has a `jvp`, so while compiling the registered op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
+from vitfast.ops._tangents import Rule, count_of, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "window_attention"
@@ -90,8 +92,11 @@ def window_attention(
     return WindowAttention.apply(spec, bias, *qkv)[0]
 
 
-def _unpack(qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv if len(qkv) == 3 else qkv[0].unbind(3)
+def _unpack(qkv: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """(query, key, value), each (..., heads, D); None, a tangent of zero, is taken apart like a tensor."""
+    if len(qkv) == 3:
+        return tuple(qkv)
+    return (None, None, None) if qkv[0] is None else qkv[0].unbind(-3)
 
 
 def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -244,23 +249,64 @@ class WindowAttentionBackward(torch.autograd.Function):
 
 def _tangent(spec, bias, qkv, bias_t, qkv_t) -> Tensor:
     """The tangent of the output; a packed tangent is taken apart like its primal."""
-    tangents = (*_unpack_tangents(qkv_t), bias_t)
-    return reference.window_attention_tangent(*_unpack(qkv), bias, tangents, **spec.options)
+    return tangents_of(_OUTPUT, spec, (bias, *qkv), (bias_t, *qkv_t))[0]
 
 
 def _backward_tangent(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tensor | None, ...]:
     """The tangents of the gradients of qkv (packed if qkv is), then of the bias's gradient."""
-    tangents = (*_unpack_tangents(qkv_t), bias_t)
-    *qkv_grad_t, bias_grad_t = reference.window_attention_backward_tangent(
-        grad, *_unpack(qkv), bias, grad_t, tangents, **spec.options
+    results = tangents_of(_GRADIENTS, spec, (bias, grad, *qkv), (bias_t, grad_t, *qkv_t))
+    return (*results, None) if bias is None else results
+
+
+def _define_output(spec, primals, tangents):
+    (bias, *qkv), (bias_t, *qkv_t) = primals, tangents
+    return (reference.window_attention_tangent(*_unpack(qkv), bias, (*_unpack(qkv_t), bias_t), **spec.options),)
+
+
+def _define_gradients(spec, primals, tangents):
+    (bias, grad, *qkv), (bias_t, grad_t, *qkv_t) = primals, tangents
+    *grads_t, bias_grad_t = reference.window_attention_backward_tangent(
+        grad, *_unpack(qkv), bias, grad_t, (*_unpack(qkv_t), bias_t), **spec.options
     )
-    return (*_repack(len(qkv) == 1, *qkv_grad_t), bias_grad_t)
+    grads_t = _repack(len(qkv) == 1, *grads_t)
+    return grads_t if bias is None else (*grads_t, bias_grad_t)
 
 
-def _unpack_tangents(qkv_t):
-    if len(qkv_t) == 1:
-        return (None, None, None) if qkv_t[0] is None else qkv_t[0].unbind(3)
-    return qkv_t
+def _compute_output(spec, primals, tangents):
+    (bias, *qkv), (bias_t, *qkv_t) = primals, tangents
+    query, key, value = map(_adjacent, _unpack(qkv))
+    count = count_of(tangents)
+    output_t = query.new_empty(count, *query.shape)
+    torch.ops.vitfast.window_attention_tangents(
+        *(query, key, value, bias, None),
+        *(*map(_adjacent, _unpack(qkv_t)), bias_t, None),
+        *(count, list(spec.window_size), list(spec.shift), spec.scale),
+        *(output_t, None, None, None, None),
+    )
+    return (output_t,)
+
+
+def _compute_gradients(spec, primals, tangents):
+    (bias, grad, *qkv), (bias_t, grad_t, *qkv_t) = primals, tangents
+    count = count_of(tangents)
+    grads_t = tuple(t.new_empty(count, *t.shape) for t in qkv)
+    bias_grad_t = None if bias is None else bias.new_empty(count, *bias.shape)
+    torch.ops.vitfast.window_attention_tangents(
+        *(*map(_adjacent, _unpack(qkv)), bias, _adjacent(grad)),
+        *(*map(_adjacent, _unpack(qkv_t)), bias_t, _adjacent(grad_t)),
+        *(count, list(spec.window_size), list(spec.shift), spec.scale),
+        *(None, *_unpack(grads_t), bias_grad_t),
+    )
+    return grads_t if bias is None else (*grads_t, bias_grad_t)
+
+
+def _adjacent(x: Tensor | None) -> Tensor | None:
+    """x with the channels of a head side by side, as the kernel for tangents takes them fastest."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+_OUTPUT = Rule(_compute_output, _define_output)
+_GRADIENTS = Rule(_compute_gradients, _define_gradients)
 
 
 def _heads(x: Tensor, dim: int | None) -> int:
@@ -376,3 +422,5 @@ def _register() -> None:
 
 if _extension.available():
     _register()
+    # It returns nothing: results are written.
+    torch.library.register_fake("vitfast::window_attention_tangents", lambda *arguments: None)
