@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   // Steps of the fused MLP: out = gelu(x); and out = gelu(x) while grad, that of out, becomes that of x.
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor x, Tensor(a!) out, Tensor(b!) grad) -> ()");
+  m.def("gelu_tangents(Tensor x, Tensor? grad, Tensor? x_t, Tensor? grad_t, Tensor(a!) result) -> ()");
+  m.def(
+      "layer_norm_tangents(Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? grad, Tensor? x_t, Tensor? "
+      "weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? x_grad_t, Tensor(c!)? "
+      "weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
   m.def(
       "window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float "
       "scale, bool return_lse) -> (Tensor output, Tensor lse)");
@@ -60,6 +65,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("blur_pool2d_backward", TORCH_BOX(&vitfast::blur_pool2d_backward_cpu));
   m.impl("gelu", TORCH_BOX(&vitfast::gelu_cpu));
   m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
+  m.impl("gelu_tangents", TORCH_BOX(&vitfast::gelu_tangents_cpu));
+  m.impl("layer_norm_tangents", TORCH_BOX(&vitfast::layer_norm_tangents_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));
   m.impl("window_attention_qkvpacked", TORCH_BOX(&vitfast::window_attention_qkvpacked_cpu));

@@ -46,6 +46,15 @@ void gelu_cpu(Tensor x, Tensor out);
 
 void gelu_backward_cpu(Tensor x, Tensor out, Tensor grad);
 
+void gelu_tangents_cpu(Tensor x, std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> grad_t,
+                       Tensor result);
+
+void layer_norm_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, std::optional<Tensor> weight,
+                             std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
+                             std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
+                             std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
+                             std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t);
+
 std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,
                                                 double scale, bool return_lse);

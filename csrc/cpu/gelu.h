@@ -22,9 +22,20 @@ struct GeluBackward {
   void* grad;  // of gelu(x), and then of x
 };
 
+// Of `count` tangents at once: the tangents of gelu(x), or, with a gradient `grad` of it, those of the gradient of x.
+// Tensors are contiguous; a tangent that is null is zero.
+struct GeluTangents {
+  bool is_double;
+  int64_t count, size;
+  const void *x, *grad;
+  const void *x_t, *grad_t;
+  void *out_t, *x_grad_t;
+};
+
 struct GeluKernels {
   void (*forward)(const GeluForward&);
   void (*backward)(const GeluBackward&);
+  void (*tangents)(const GeluTangents&);
 };
 
 namespace baseline {

@@ -28,6 +28,7 @@
 #include "cpu/blur_pool.h"
 #include "cpu/cache.h"
 #include "cpu/gelu.h"
+#include "cpu/layer_norm.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/window_attention.h"

@@ -6,4 +6,5 @@
 #include "cpu/attention_kernel.h"
 #include "cpu/blur_pool_kernel.h"
 #include "cpu/gelu_kernel.h"
+#include "cpu/layer_norm_kernel.h"
 #include "cpu/window_attention_kernel.h"

@@ -66,7 +66,7 @@ def test_frozen_parameters_are_left_out():
 def test_kept_graphs_give_the_same_and_follow_the_parameters():
     model, inputs, targets, batches = ragged()
     options = {"weight_decay": 0.1, "params": lambda name: name != "norm.bias"}
-    kept = HessianOperator(model, F.cross_entropy, batches, keep_graphs=True, **options)
+    kept = HessianOperator(model, F.cross_entropy, batches, keep_primals=True, **options)
     plain = HessianOperator(model, F.cross_entropy, batches, **options)
     for _ in range(2):
         assert_close(kept.to_dense(), plain.to_dense())
@@ -74,10 +74,10 @@ def test_kept_graphs_give_the_same_and_follow_the_parameters():
         with torch.no_grad():
             model.last.weight += 0.1
     linear = nn.Linear(5, 1).double()  # of whose loss no gradient depends on a parameter
-    flat = HessianOperator(linear, lambda out, y: out.mean(), [(inputs, targets)], keep_graphs=True)
+    flat = HessianOperator(linear, lambda out, y: out.mean(), [(inputs, targets)], keep_primals=True)
     assert not flat.to_dense().any()
-    with pytest.raises(ValueError, match="keep_graphs is for curvature='hessian'"):
-        HessianOperator(model, F.cross_entropy, batches, keep_graphs=True, curvature="gauss_newton")
+    with pytest.raises(ValueError, match="keep_primals is for curvature='hessian'"):
+        HessianOperator(model, F.cross_entropy, batches, keep_primals=True, curvature="gauss_newton")
 
 
 def test_gauss_newton():

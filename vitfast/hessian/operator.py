@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from vitfast.hessian.dual import Primals
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import fitting_chunk
-from vitfast.hessian.products import batched
+from vitfast.hessian.products import batched, hessian_products, mapped
 
 __all__ = ["HessianOperator"]
 
@@ -48,9 +48,9 @@ class HessianOperator:
         curvature: "hessian"; or "gauss_newton", which leaves out the curvature of the model's outputs.
         dropout: "refuse" or "frozen": the same masks in every product, drawn anew for each batch.
         chunk: vectors at a time; None for as many as the free memory allows.
-        keep_graphs: keeps the graph of every batch's gradient, and takes products vector by vector from it, in reverse
-            over reverse mode: for single vectors a third to a half faster, for the memory of all graphs. They are made
-            anew when parameters have changed. With "hessian" only.
+        keep_primals: keeps all values that lead to the gradient of every batch, so that later products compute tangents
+            only: for single vectors a third faster, for the memory of all these values. They are made anew when
+            parameters have changed. With "hessian" only.
         progress: a bar over batches, by tqdm.
         seed: of frozen dropout.
 
@@ -75,7 +75,7 @@ class HessianOperator:
         curvature: str = "hessian",
         dropout: str = "refuse",
         chunk: int | None = None,
-        keep_graphs: bool = False,
+        keep_primals: bool = False,
         progress: bool = False,
         seed: int = 0,
     ):
@@ -83,14 +83,14 @@ class HessianOperator:
             raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
         if dropout not in DROPOUTS:
             raise ValueError(f"dropout must be one of {', '.join(DROPOUTS)}; got {dropout!r}")
-        if keep_graphs and curvature != "hessian":
-            raise ValueError(f"keep_graphs is for curvature='hessian'; got {curvature!r}")
+        if keep_primals and curvature != "hessian":
+            raise ValueError(f"keep_primals is for curvature='hessian'; got {curvature!r}")
         self.model, self.loss_fn, self.weight_decay = model, loss_fn, float(weight_decay)
         self.curvature, self.seed, self.progress = curvature, seed, progress
         self._names = _chosen(model, params)
         self.layout = Layout.of(self.parameters())
         self._frozen = dropout == "frozen"
-        self._graphs: dict[int, _Graph] | None = {} if keep_graphs else None
+        self._kept: dict[int, tuple[list[int], Primals]] | None = {} if keep_primals else None
         self._refuse_dropout()
         self._rank, world = _process()
         batches = list(_pairs(data))
@@ -135,25 +135,25 @@ class HessianOperator:
     def _rows(self, rows: Tensor) -> Tensor:
         self._refuse_dropout()
         total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-        chunk = 1 if self._graphs is not None else self._chunk_for(len(rows))
+        chunk = self._chunk_for(len(rows))
         for index, (inputs, targets) in self._track(self._batches):
             with self._fixed(index):
-                product = self._product_of(inputs, targets) if self._graphs is None else self._graph_of(index).product
+                products = self._products_of(index, inputs, targets)
             for first in range(0, len(rows), chunk):
                 with self._fixed(index):
-                    part = batched(product, self.layout, rows[first : first + chunk], chunk)
+                    part = batched(products, self.layout, rows[first : first + chunk], chunk)
                 self._require_finite(part, inputs, targets, index)
                 total[first : first + chunk] += part * (_count(targets) / self._samples)
         self._sum_over_processes(total)
         self.products += len(rows)
         return total + self.weight_decay * rows
 
-    def _product_of(self, inputs, targets) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        """For a batch: a direction -> the product, both by parameter."""
+    def _products_of(self, index: int, inputs, targets) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        """For a batch: directions -> their products, both by parameter and with K in front."""
         params = self.parameters()
         loss = self._loss_of(inputs, targets)
         if self.curvature == "hessian":
-            return lambda v: jvp(grad(loss), (params,), (v,))[1]
+            return hessian_products(loss, params, self._primals_of(index))
 
         def outputs_of(p):
             return functional_call(self.model, p, (inputs,))
@@ -165,20 +165,18 @@ class HessianOperator:
             outputs_t = jvp(outputs_of, (params,), (v,))[1]
             return pull(jvp(gradient, (outputs,), (outputs_t,))[1])[0]
 
-        return product
+        return mapped(product)
 
-    def _graph_of(self, index: int) -> _Graph:
-        """The kept graph of a batch, if it is still that of the parameters."""
+    def _primals_of(self, index: int) -> Primals | None:
+        """What is kept of a batch, if it is still that of the parameters."""
+        if self._kept is None:
+            return None
         versions = [parameter._version for parameter in self.parameters().values()]
-        graph = self._graphs.get(index)
-        if graph is None or graph.versions != versions:
-            inputs, targets = dict(self._batches)[index]
-            leaves = {name: value.requires_grad_() for name, value in self.parameters().items()}
-            with torch.enable_grad():
-                loss = self._loss_of(inputs, targets)(leaves)
-                gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-            graph = self._graphs[index] = _Graph(leaves, gradient, versions)
-        return graph
+        before, primals = self._kept.get(index, (None, None))
+        if before != versions:
+            primals = Primals(keep=True)
+            self._kept[index] = (versions, primals)
+        return primals
 
     def _loss_of(self, inputs, targets) -> Callable[[dict[str, Tensor]], Tensor]:
         def loss(params):
@@ -305,26 +303,6 @@ class HessianOperator:
         from tqdm import tqdm
 
         return tqdm(batches, desc="batches", leave=False)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """The gradient of a batch with its graph, and of which version of the parameters."""
-
-    leaves: dict[str, Tensor]
-    gradient: tuple[Tensor, ...]
-    versions: list[int]
-
-    def product(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gradient of <gradient, direction>."""
-        pairs = [(g, direction[n]) for n, g in zip(self.leaves, self.gradient, strict=True) if g.requires_grad]
-        if not pairs:
-            return {name: torch.zeros_like(value) for name, value in direction.items()}
-        gradient, along = zip(*pairs, strict=True)
-        products = torch.autograd.grad(
-            gradient, list(self.leaves.values()), along, retain_graph=True, materialize_grads=True
-        )
-        return dict(zip(self.leaves, products, strict=True))
 
 
 def _pairs(data: Iterable) -> Iterator[tuple[Any, Any]]:

@@ -11,15 +11,20 @@ Matrix-Vector Products for Second-Order Gradient Descent", Neural Computation 20
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_map
 
+from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
+from vitfast.hessian.dual import Primals, gradient_tangents
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import fitting_chunk
+from vitfast.ops._rules import forward_ad_is_nested, is_transformed
 
 __all__ = ["batched", "fisher_product", "gauss_newton_product", "hvp"]
 
@@ -48,9 +53,8 @@ def hvp(fn: Callable[[Any], Tensor], params: Any, vectors: Any, *, chunk: int | 
     >>> hvp(lambda w: (w.sin() ** 2).sum(), weight, torch.eye(6)).shape
     torch.Size([6, 6])
     """
-    layout = Layout.of(params)
-    gradient = grad(_scalar(fn))
-    return _apply(lambda v: jvp(gradient, (params,), (v,))[1], layout, params, vectors, chunk, _scalar(fn))
+    layout, scalar = Layout.of(params), _scalar(fn)
+    return _apply(hessian_products(scalar, params), layout, params, vectors, chunk, scalar)
 
 
 def gauss_newton_product(
@@ -87,7 +91,7 @@ def gauss_newton_product(
         outputs_t = jvp(outputs_fn, (params,), (v,))[1]
         return pull(jvp(loss_gradient, (outputs,), (outputs_t,))[1])[0]
 
-    return _apply(product, layout, params, vectors, chunk, lambda p: loss_fn(outputs_fn(p)))
+    return _apply(mapped(product), layout, params, vectors, chunk, lambda p: loss_fn(outputs_fn(p)))
 
 
 def fisher_product(losses_fn: Callable[[Any], Tensor], params: Any, vectors: Any, *, chunk: int | None = None) -> Any:
@@ -119,7 +123,7 @@ def fisher_product(losses_fn: Callable[[Any], Tensor], params: Any, vectors: Any
     def product(v):
         return pull(jvp(losses_fn, (params,), (v,))[1] / len(losses))[0]
 
-    return _apply(product, layout, params, vectors, chunk, lambda p: losses_fn(p).sum())
+    return _apply(mapped(product), layout, params, vectors, chunk, lambda p: losses_fn(p).sum())
 
 
 def _scalar(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -133,24 +137,49 @@ def _scalar(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return checked
 
 
-def _apply(product, layout: Layout, params, vectors, chunk: int | None, scalar) -> Any:
+def _apply(products, layout: Layout, params, vectors, chunk: int | None, scalar) -> Any:
     rows, form = layout.rows_of(vectors)
     if chunk is None:
         chunk = 1 if len(rows) == 1 else fitting_chunk(scalar, params, len(rows))
-    return layout.in_form(batched(product, layout, rows, chunk), form)
+    return layout.in_form(batched(products, layout, rows, chunk), form)
 
 
-def batched(product: Callable[[Any], Any], layout: Layout, rows: Tensor, chunk: int) -> Tensor:
-    """product(tree) of every row (K, n), as rows; ``chunk`` rows at a time."""
+def hessian_products(fn: Callable[[Any], Tensor], params: Any, primals: Primals | None = None) -> Callable[[Any], Any]:
+    """From a tree of vectors, with K in front of all leaves, to the tree of their products; see `gradient_tangents`."""
+
+    def products(vectors):
+        if is_transformed() or forward_ad_is_nested():
+            return by_transforms(vectors)
+        try:
+            return gradient_tangents(fn, params, vectors, primals)
+        except Exception as error:
+            reason = error
+        results = by_transforms(vectors)  # which raises what is wrong with fn itself
+        warnings.warn(f"Hessian-vector products by transforms of torch.func, which are slower: {reason}", stacklevel=4)
+        return results
+
+    gradient = grad(fn)
+    by_transforms = mapped(lambda v: jvp(gradient, (params,), (v,))[1])
+    return products
+
+
+def mapped(product: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """From the product of one vector to that of K, which have K in front."""
+
+    def products(vectors):
+        if len(tree_flatten(vectors)[0][0]) == 1:
+            return tree_map(lambda p: p[None], product(tree_map(lambda v: v[0], vectors)))
+        return vmap(product, randomness="same")(vectors)
+
+    return products
+
+
+def batched(products: Callable[[Any], Any], layout: Layout, rows: Tensor, chunk: int) -> Tensor:
+    """products(tree with K in front) of the rows (K, n), as rows; ``chunk`` rows at a time."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
     if len(rows) == 0:
         return torch.zeros_like(rows)
-    done = []
-    for part in rows.split(chunk):
-        if len(part) == 1:
-            done.append(layout.flatten(product(layout.unflatten(part[0].contiguous())))[None])
-        else:
-            together = vmap(product, randomness="same")
-            done.append(layout.flatten_rows(together(layout.unflatten_rows(part.contiguous()))))
+    parts = rows.split(chunk)
+    done = [layout.flatten_rows(products(layout.unflatten_rows(part.contiguous()))) for part in parts]
     return torch.cat(done) if len(done) != 1 else done[0]

@@ -91,7 +91,7 @@ def max_eigenvalue_spectrum(
         tol: relative residual of each.
         seed: of the starting vectors.
         progress: a bar over batches, by tqdm.
-        options: others of `HessianOperator`, of which ``keep_graphs`` is on unless ``curvature`` is another.
+        options: others of `HessianOperator`, of which ``keep_primals`` is on unless ``curvature`` is another.
 
     Raises:
         ValueError: there are no data; and as `HessianOperator`.
@@ -100,7 +100,7 @@ def max_eigenvalue_spectrum(
         from tqdm import tqdm
 
         data = tqdm(data, desc="batches")
-    options.setdefault("keep_graphs", options.get("curvature", "hessian") == "hessian")
+    options.setdefault("keep_primals", options.get("curvature", "hessian") == "hessian")
     found = []
     for batch in data:
         operator = HessianOperator(model, loss_fn, [batch], weight_decay=weight_decay, **options)

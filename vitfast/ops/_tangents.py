@@ -51,6 +51,17 @@ def tangents_of(rule: Rule, spec: Any, primals: Tensors, tangents: Tensors) -> t
     return tuple(result.squeeze(0) for result in Batch.apply(rule, spec, len(primals), *primals, *stacked))
 
 
+def compute(rule: Rule, spec: Any, primals: Tensors, tangents: Tensors) -> tuple[Tensor, ...]:
+    """The results along K tangents, which have K in front, and are no part of a transform."""
+    if primals[-1].device.type == "cpu":
+        return rule.kernel(spec, primals, tangents)
+
+    def of_one(*tangents):
+        return rule.definition(spec, primals, tangents)
+
+    return torch.vmap(of_one, in_dims=tuple(None if t is None else 0 for t in tangents))(*tangents)
+
+
 def _is_differentiated(tensors: Tensors) -> bool:
     """Whether anything but vmap may ask for a derivative of what is computed from the tensors."""
     present = tuple(tensor for tensor in tensors if tensor is not None)

@@ -48,7 +48,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
-from vitfast.ops._tangents import Rule, count_of, tangents_of
+from vitfast.ops._tangents import Rule, compute, count_of, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "attention"
@@ -317,6 +317,21 @@ def _compute_gradients(spec, primals, tangents):
         *(None, *_unpack(grads_t), bias_grad_t),
     )
     return grads_t if bias is None else (*grads_t, bias_grad_t)
+
+
+def output_tangents(spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
+    """Of the output, with K in front like ``tangents``; both are (*qkv, bias)."""
+    ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
+    return compute(_OUTPUT, spec, *ordered)[0]
+
+
+def gradient_tangents(
+    spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Of the gradients of qkv and of the bias, with K in front like ``tangents``; both are (grad, *qkv, bias)."""
+    ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
+    results = compute(_GRADIENTS, spec, *ordered)
+    return (*results, None) if primals[-1] is None else results
 
 
 _OUTPUT = Rule(_compute_output, _define_output)

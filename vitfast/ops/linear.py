@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from vitfast.ops._rules import is_autocast, is_batched_gradient, is_transformed, records_gradients
 from vitfast.ops.backend import is_chosen
@@ -33,7 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def is_plain_call(x: Tensor) -> bool:
     """Whether the CPU's own path may serve: nothing but evaluation and, at most, a recorded gradient is going on."""
     return (
-        not torch.compiler.is_compiling()
+        type(x) in (Tensor, Parameter)  # a subclass may see PyTorch's operations only
+        and not torch.compiler.is_compiling()
         and not is_transformed()
         and not is_autocast(x.device)
         and is_chosen("cpu", x.device)

@@ -45,7 +45,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
-from vitfast.ops._tangents import Rule, count_of, tangents_of
+from vitfast.ops._tangents import Rule, compute, count_of, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "window_attention"
@@ -303,6 +303,21 @@ def _compute_gradients(spec, primals, tangents):
 def _adjacent(x: Tensor | None) -> Tensor | None:
     """x with the channels of a head side by side, as the kernel for tangents takes them fastest."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def output_tangents(spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
+    """Of the output, with K in front like ``tangents``; both are (*qkv, bias)."""
+    ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
+    return compute(_OUTPUT, spec, *ordered)[0]
+
+
+def gradient_tangents(
+    spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Of the gradients of qkv and of the bias, with K in front like ``tangents``; both are (grad, *qkv, bias)."""
+    ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
+    results = compute(_GRADIENTS, spec, *ordered)
+    return (*results, None) if primals[-1] is None else results
 
 
 _OUTPUT = Rule(_compute_output, _define_output)

@@ -10,6 +10,12 @@ from vitfast.reference.attention import (
     attention_tangent,
 )
 from vitfast.reference.blur_pool import blur_pool2d, blur_pool2d_transposed
+from vitfast.reference.layers import (
+    gelu_backward_tangent,
+    gelu_tangent,
+    layer_norm_backward_tangent,
+    layer_norm_tangent,
+)
 from vitfast.reference.mlp import mlp, mlp_backward
 from vitfast.reference.window_attention import (
     window_attention,
@@ -28,6 +34,10 @@ __all__ = [
     "attention_tangent",
     "blur_pool2d",
     "blur_pool2d_transposed",
+    "gelu_backward_tangent",
+    "gelu_tangent",
+    "layer_norm_backward_tangent",
+    "layer_norm_tangent",
     "mlp",
     "mlp_backward",
     "window_attention",

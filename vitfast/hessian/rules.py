@@ -1,0 +1,474 @@
+"""Tangents of single operations, K at a time: the rules of `vitfast.hessian.dual`.
+
+They are there for speed: what has no rule is left to `vmap` of `jvp`. Two kinds of operations cannot be left to it, as
+their backward uses statistics of the forward, which have no tangents: layer normalisation and attention. Their rules
+differentiate through the tensors that determine the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast.hessian.dual import IN_PLACE, RULES, Dual, dual, parts
+from vitfast.ops import _extension, attention, window_attention
+from vitfast.ops.layers import (
+    Products,
+    gelu_backward_tangents,
+    gelu_tangents,
+    layer_norm_backward_tangents,
+    layer_norm_tangents,
+)
+
+aten = torch.ops.aten
+
+
+def _rule(*operations, serves: Callable[..., bool] | None = None) -> Callable:
+    """Registers the decorated function as the rule of operations, for arguments that it ``serves``."""
+
+    def register(function: Callable) -> Callable:
+        RULES.update(dict.fromkeys(operations, (function, serves)))
+        return function
+
+    return register
+
+
+# ---- views, and other operations that move values --------------------------------------------------------------------
+
+
+def _behind(dim: int) -> int:
+    """A dimension of a primal as one of its tangents, which have K in front."""
+    return dim + 1 if dim >= 0 else dim
+
+
+def _viewed(x: Dual, result: Tensor, tangents: Tensor) -> Dual:
+    """A view of x, or what may be one."""
+    view = Dual(result, tangents)
+    x.is_shared = view.is_shared = True
+    return view
+
+
+@_rule(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
+def _view(operation, result, x, shape, *strides):
+    return _viewed(x, result, x.tangents.reshape(-1, *result.shape))
+
+
+@_rule(aten.expand.default)
+def _expand(operation, result, x, shape, *, implicit=False):
+    return _viewed(x, result, _aligned(x.tangents, result.dim()).expand(-1, *result.shape))
+
+
+@_rule(aten.permute.default)
+def _permute(operation, result, x, dims):
+    return _viewed(x, result, x.tangents.permute(0, *(dim % x.dim() + 1 for dim in dims)))
+
+
+@_rule(aten.t.default)
+def _transpose_matrix(operation, result, x):
+    return _viewed(x, result, x.tangents if x.dim() < 2 else x.tangents.transpose(1, 2))
+
+
+@_rule(aten.transpose.int)
+def _transpose(operation, result, x, first, second):
+    return _viewed(x, result, x.tangents.transpose(_behind(first), _behind(second)))
+
+
+@_rule(aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.squeeze.dim)
+def _along_dimension(operation, result, x, dim=0, *rest):
+    return _viewed(x, result, operation(x.tangents, _behind(dim), *rest))
+
+
+@_rule(aten.unbind.int)
+def _unbind(operation, results, x, dim=0):
+    return [_viewed(x, *pair) for pair in zip(results, x.tangents.unbind(_behind(dim)), strict=True)]
+
+
+@_rule(aten.split.Tensor, aten.split_with_sizes.default)
+def _split(operation, results, x, sizes, dim=0):
+    return [_viewed(x, *pair) for pair in zip(results, operation(x.tangents, sizes, _behind(dim)), strict=True)]
+
+
+@_rule(aten.detach.default, aten.alias.default)
+def _alias(operation, result, x):
+    return _viewed(x, result, x.tangents)
+
+
+@_rule(aten.clone.default)
+def _clone(operation, result, x, *, memory_format=None):
+    return Dual(result, x.tangents)  # which nobody changes in place
+
+
+@_rule(aten._to_copy.default)
+def _to_copy(operation, result, x, **options):
+    return dual(result, x.tangents.to(result.device, result.dtype) if result.is_floating_point() else None)
+
+
+@_rule(aten.select_backward.default, aten.slice_backward.default)
+def _embed(operation, result, x, shape, dim, *rest):
+    return Dual(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
+
+
+@_rule(aten.cat.default, aten.stack.default)
+def _join(operation, result, tensors, dim=0):
+    count = next(len(t.tangents) for t in tensors if isinstance(t, Dual))
+    tangents = [
+        t.tangents if isinstance(t, Dual) else t.new_zeros(1, *t.shape).expand(count, *t.shape) for t in tensors
+    ]
+    return Dual(
+        result, operation([t.flatten(1) if t.dim() == 2 and t.shape[1] == 0 else t for t in tangents], _behind(dim))
+    )
+
+
+# ---- elementwise -----------------------------------------------------------------------------------------------------
+
+
+def _aligned(tangents: Tensor | None, dims: int) -> Tensor | None:
+    """Tangents of a tensor that is broadcast to ``dims`` dimensions, which then come between K and its own."""
+    if tangents is None or tangents.dim() == dims + 1:
+        return tangents
+    return tangents.reshape(len(tangents), *(1,) * (dims + 1 - tangents.dim()), *tangents.shape[1:])
+
+
+def _operands(a: Any, b: Any, result: Tensor):
+    """Primals and aligned tangents of two operands."""
+    (a, a_t), (b, b_t) = parts(a), parts(b)
+    return a, b, _aligned(a_t, result.dim()), _aligned(b_t, result.dim())
+
+
+def _whole(tangents: Tensor, result: Tensor) -> Tensor:
+    """Tangents in the shape of the result."""
+    return tangents.expand(len(tangents), *result.shape)
+
+
+@_rule(aten.add.Tensor, aten.sub.Tensor)
+def _add(operation, result, a, b, *, alpha=1):
+    _, _, a_t, b_t = _operands(a, b, result)
+    if b_t is None:
+        return Dual(result, _whole(a_t, result))
+    if a_t is not None:
+        return Dual(result, operation(a_t, b_t, alpha=alpha))
+    factor = alpha if operation is aten.add.Tensor else -alpha
+    return Dual(result, _whole(b_t if factor == 1 else factor * b_t, result))
+
+
+@_rule(aten.mul.Tensor, aten.mul.Scalar)
+def _multiply(operation, result, a, b):
+    a, b, a_t, b_t = _operands(a, b, result)
+    if a_t is None or b_t is None:
+        return Dual(result, _whole(a * b_t if a_t is None else a_t * b, result))
+    return Dual(result, torch.addcmul(a_t * b, b_t, a))
+
+
+@_rule(aten.div.Tensor, aten.div.Scalar)
+def _divide(operation, result, a, b):
+    a, b, a_t, b_t = _operands(a, b, result)
+    total = None if a_t is None else a_t / b
+    if b_t is not None:
+        change = b_t * (-result / b)
+        total = change if total is None else total + change
+    return Dual(result, _whole(total, result))
+
+
+@_rule(aten.neg.default)
+def _negate(operation, result, x):
+    return Dual(result, -x.tangents)
+
+
+@_rule(aten.relu.default)
+def _relu(operation, result, x):
+    return Dual(result, aten.threshold_backward(x.tangents, result.expand_as(x.tangents), 0))
+
+
+@_rule(aten.threshold_backward.default)
+def _threshold_backward(operation, result, grad, x, threshold):
+    grad_t, x = parts(grad)[1], parts(x)[0]
+    return dual(result, None if grad_t is None else operation(grad_t, x.expand_as(grad_t), threshold))
+
+
+def _is_exact(*args, approximate="none"):
+    return approximate == "none"
+
+
+@_rule(aten.gelu.default, serves=_is_exact)
+def _gelu(operation, result, x, *, approximate="none"):
+    return Dual(result, gelu_tangents(x.primal, x.tangents))
+
+
+@_rule(aten.gelu_backward.default, serves=_is_exact)
+def _gelu_backward(operation, result, grad, x, *, approximate="none"):
+    (grad, grad_t), (x, x_t) = parts(grad), parts(x)
+    return Dual(result, gelu_backward_tangents(grad, x, grad_t, x_t))
+
+
+IN_PLACE.update(
+    {
+        aten.relu_.default: aten.relu.default,
+        aten.neg_.default: aten.neg.default,
+        aten.add_.Tensor: aten.add.Tensor,
+        aten.sub_.Tensor: aten.sub.Tensor,
+        aten.mul_.Tensor: aten.mul.Tensor,
+        aten.div_.Tensor: aten.div.Tensor,
+    }
+)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+@_rule(aten.sum.default, aten.mean.default)
+def _reduce_all(operation, result, x, *, dtype=None):
+    return Dual(result, operation.overloadpacket(x.tangents.flatten(1), [1], dtype=dtype))
+
+
+@_rule(aten.sum.dim_IntList, aten.mean.dim)
+def _reduce(operation, result, x, dims, keepdim=False, *, dtype=None):
+    behind = [_behind(dim) for dim in dims] if dims else list(range(1, x.dim() + 1))
+    return Dual(result, operation(x.tangents, behind, keepdim, dtype=dtype))
+
+
+# ---- matrix products -------------------------------------------------------------------------------------------------
+
+
+def _product_tangents(a: Any, b: Any, start: Tensor | None = None) -> Tensor:
+    """Of a b + start."""
+    (a, a_t), (b, b_t) = parts(a), parts(b)
+    count = next(len(t) for t in (a_t, b_t, start) if t is not None)
+    total = Products(count, a.shape[0], b.shape[1])
+    total.begin(start)
+    terms = ((a_t, b), (a, b_t))
+    # The products with one matrix are fastest where they come first, but they cannot begin with anything.
+    for term in terms if start is None else reversed(terms):
+        total.add(*term)
+    return total.total
+
+
+@_rule(aten.mm.default)
+def _mm(operation, result, a, b):
+    return Dual(result, _product_tangents(a, b))
+
+
+@_rule(aten.addmm.default, serves=lambda *args, beta=1, alpha=1: beta == alpha == 1)
+def _addmm(operation, result, bias, a, b, *, beta=1, alpha=1):
+    return Dual(result, _product_tangents(a, b, _aligned(parts(bias)[1], 2)))
+
+
+@_rule(aten.bmm.default)
+def _bmm(operation, result, a, b):
+    (a, a_t), (b, b_t) = parts(a), parts(b)
+    count = len(b_t if a_t is None else a_t)
+    tangents = result.new_empty(count, *result.shape)
+    for k, out in enumerate(tangents):
+        if a_t is not None:
+            torch.bmm(a_t[k], b, out=out)
+        if b_t is not None:
+            out.baddbmm_(a, b_t[k], beta=0 if a_t is None else 1)
+    return Dual(result, tangents)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+@_rule(aten.convolution.default)
+def _convolution(operation, result, x, weight, bias, *options):
+    (x, x_t), (weight, weight_t), (bias, bias_t) = parts(x), parts(weight), parts(bias)
+    count = next(len(t) for t in (x_t, weight_t, bias_t) if t is not None)
+    total = None
+    if x_t is not None:
+        total = operation(x_t.flatten(0, 1), weight, None, *options).unflatten(0, (count, -1))
+    if weight_t is not None:
+        total = _added(total, (operation(x, weight_t[k], None, *options) for k in range(count)))
+    if bias_t is not None:
+        channels = bias_t.reshape(count, 1, -1, *(1,) * (result.dim() - 2))
+        total = _whole(channels, result) if total is None else total.add_(channels)
+    return Dual(result, total)
+
+
+@_rule(aten.convolution_backward.default)
+def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *options):
+    *options, wanted = options
+    (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
+    count = next(len(t) for t in (grad_t, x_t, weight_t) if t is not None)
+
+    def gradient(which, grad, x, weight):
+        only = [which == 0, which == 1, False]
+        return operation(grad, x, weight, bias_sizes, *options, only)[which]
+
+    x_grad_t = weight_grad_t = bias_grad_t = None
+    if wanted[0]:
+        if grad_t is not None:
+            folded = x.expand(count, *x.shape).flatten(0, 1)
+            x_grad_t = gradient(0, grad_t.flatten(0, 1), folded, weight).unflatten(0, (count, -1))
+        if weight_t is not None:
+            x_grad_t = _added(x_grad_t, (gradient(0, grad, x, weight_t[k]) for k in range(count)))
+    if wanted[1]:
+        if grad_t is not None:
+            weight_grad_t = _added(None, (gradient(1, grad_t[k], x, weight) for k in range(count)))
+        if x_t is not None:
+            weight_grad_t = _added(weight_grad_t, (gradient(1, grad, x_t[k], weight) for k in range(count)))
+    if wanted[2] and grad_t is not None:
+        bias_grad_t = grad_t.flatten(3).sum((1, 3)) if grad_t.dim() > 3 else grad_t.sum(1)
+    tangents = (x_grad_t, weight_grad_t, bias_grad_t)
+    return tuple(None if r is None else dual(r, t) for r, t in zip(results, tangents, strict=True))
+
+
+def _added(total: Tensor | None, each) -> Tensor:
+    """``total``, (K, ...), plus K tensors that are made one by one."""
+    if total is None:
+        return torch.stack(list(each))
+    for out, tensor in zip(total, each, strict=True):
+        out += tensor
+    return total
+
+
+# ---- normalisations --------------------------------------------------------------------------------------------------
+
+
+@_rule(aten.native_layer_norm.default)
+def _layer_norm(operation, results, x, shape, weight, bias, eps):
+    (x, x_t), (weight, weight_t), (_, bias_t) = parts(x), parts(weight), parts(bias)
+    output, mean, inverse = results
+    size = torch.Size(shape).numel()
+    tangents = layer_norm_tangents(
+        *(x.reshape(-1, size), mean.reshape(-1, 1), inverse.reshape(-1, 1), _reshaped(weight, size)),
+        *(_reshaped(x_t, -1, x.numel() // size, size), _reshaped(weight_t, -1, size), _reshaped(bias_t, -1, size)),
+    )
+    return Dual(output, tangents.view(-1, *x.shape)), mean, inverse
+
+
+@_rule(aten.native_layer_norm_backward.default)
+def _layer_norm_backward(operation, results, grad, x, shape, mean, inverse, weight, bias, wanted):
+    (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
+    size = torch.Size(shape).numel()
+    rows = x.numel() // size
+    tangents = layer_norm_backward_tangents(
+        *(grad.reshape(rows, size), x.reshape(rows, size), mean.reshape(-1, 1), inverse.reshape(-1, 1)),
+        _reshaped(weight, size),
+        *(_reshaped(grad_t, -1, rows, size), _reshaped(x_t, -1, rows, size), _reshaped(weight_t, -1, size)),
+    )
+    return tuple(
+        Dual(result, result_t.reshape(-1, *result.shape)) if is_wanted else None
+        for result, result_t, is_wanted in zip(results, tangents, wanted, strict=True)
+    )
+
+
+def _reshaped(x: Tensor | None, *shape: int) -> Tensor | None:
+    return None if x is None else x.reshape(shape)
+
+
+def _is_affine(x, weight, bias, mean, variance, training, *rest):
+    """Whether a batch normalisation uses statistics that are constants."""
+    return not training and isinstance(x, Dual) and not isinstance(mean, Dual) and not isinstance(variance, Dual)
+
+
+@_rule(aten.native_batch_norm.default, serves=_is_affine)
+def _batch_norm(operation, results, x, weight, bias, mean, variance, training, momentum, eps):
+    (x, x_t), (weight, weight_t), bias_t = parts(x), parts(weight), parts(bias)[1]
+    inverse = (variance + eps).rsqrt()
+    total = x_t * _per_channel(inverse if weight is None else inverse * weight, x)
+    if weight_t is not None:
+        normal = (x - _per_channel(mean, x)) * _per_channel(inverse, x)
+        total.addcmul_(normal, _per_channel(weight_t, x))
+    if bias_t is not None:
+        total += _per_channel(bias_t, x)
+    return Dual(results[0], total), *results[1:]
+
+
+@_rule(
+    aten.native_batch_norm_backward.default,
+    serves=lambda grad, x, weight, mean, variance, save_mean, save_inverse, training, *rest: not training,
+)
+def _batch_norm_backward(operation, results, grad, x, weight, mean, variance, _mean, _inverse, training, eps, wanted):
+    (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
+    inverse = (variance + eps).rsqrt()
+    x_grad_t = weight_grad_t = bias_grad_t = None
+    over = [1, *range(3, x.dim() + 1)]  # all dimensions but K and the channels
+    if wanted[0]:
+        if grad_t is not None:
+            x_grad_t = grad_t * _per_channel(inverse if weight is None else inverse * weight, x)
+        if weight_t is not None:
+            change = _per_channel(weight_t * inverse, x)
+            x_grad_t = grad * change if x_grad_t is None else x_grad_t.addcmul_(grad, change)
+    if wanted[1]:
+        normal = (x - _per_channel(mean, x)) * _per_channel(inverse, x)
+        if grad_t is not None:
+            weight_grad_t = (grad_t * normal).sum(over)
+        if x_t is not None:
+            change = (x_t * grad).sum(over) * inverse
+            weight_grad_t = change if weight_grad_t is None else weight_grad_t + change
+    if wanted[2] and grad_t is not None:
+        bias_grad_t = grad_t.sum(over)
+    tangents = (x_grad_t, weight_grad_t, bias_grad_t)
+    return tuple(
+        dual(result, result_t) if is_wanted else None
+        for result, result_t, is_wanted in zip(results, tangents, wanted, strict=True)
+    )
+
+
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """(channels) or (K, channels) as what is multiplied with x (batch, channels, ...), maybe with K in front."""
+    shape = (-1, *(1,) * (x.dim() - 2))
+    return vector.reshape(shape) if vector.dim() == 1 else vector.reshape(len(vector), 1, *shape)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention_rules(module, name: str, spec_of: Callable) -> None:
+    """Of the operators of vitfast: of separate and packed inputs, in both directions. ``spec_of`` makes a
+    specification of the options of a call."""
+    for suffix, inputs in (("", 3), ("_qkvpacked", 1)):
+
+        @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}").default)
+        def forward(operation, results, *arguments, inputs=inputs):
+            primals, tangents = zip(*map(parts, arguments[: inputs + 1]), strict=True)
+            spec = spec_of(*arguments[inputs + 1 : -1])
+            return Dual(results[0], module.output_tangents(spec, primals, tangents)), results[1]
+
+        @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}_backward").default)
+        def backward(operation, results, *arguments, inputs=inputs):
+            primals, tangents = zip(*map(parts, arguments[: inputs + 2]), strict=True)
+            spec = spec_of(*(x for x in arguments[inputs + 2 :] if not isinstance(x, Tensor)))
+            gradients = module.gradient_tangents(spec, primals, tangents)
+            return tuple(dual(*pair) for pair in zip(results, gradients, strict=True))
+
+
+if _extension.available():
+    _attention_rules(attention, "attention", lambda scale: attention.Spec(scale, "cpu"))
+    _attention_rules(
+        window_attention,
+        "window_attention",
+        lambda size, shift, scale: window_attention.Spec(tuple(size), tuple(shift), scale, "cpu"),
+    )
+
+
+def _has_kernel(*args, attn_mask=None, scale=None):
+    """Whether PyTorch's fused attention is one of vitfast's: no dropout, not causal, and a mask that is a constant."""
+    *_, dropout_p, is_causal = args
+    return _extension.available() and dropout_p == 0 and not is_causal and not isinstance(attn_mask, Dual)
+
+
+def _fused_attention(query: Any, attn_mask: Tensor | None, scale: float | None):
+    """The specification, and the mask as a bias."""
+    spec = attention.Spec(query.shape[-1] ** -0.5 if scale is None else scale, "cpu")
+    if attn_mask is None:
+        return spec, None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return spec, attn_mask.to(wide).expand(*(1,) * (4 - attn_mask.dim()), *attn_mask.shape)
+
+
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu.default, serves=_has_kernel)
+def _scaled_dot_product(operation, results, *args, attn_mask=None, scale=None):
+    spec, bias = _fused_attention(args[0], attn_mask, scale)
+    primals, tangents = zip(*map(parts, (*args[:3], bias)), strict=True)
+    return Dual(results[0], attention.output_tangents(spec, primals, tangents)), results[1]
+
+
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, serves=_has_kernel)
+def _scaled_dot_product_backward(operation, results, *args, attn_mask=None, scale=None):
+    spec, bias = _fused_attention(args[1], attn_mask, scale)
+    primals, tangents = zip(*map(parts, (*args[:4], bias)), strict=True)
+    gradients = attention.gradient_tangents(spec, primals, tangents)
+    return tuple(dual(*pair) for pair in zip(results, gradients, strict=False))
