@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from vitfast.hessian.dual import Primals
 from vitfast.hessian.layout import Layout
-from vitfast.hessian.memory import fitting_chunk
+from vitfast.hessian.memory import fitting_chunk, hold_freed_memory, release_freed_memory
 from vitfast.hessian.products import batched, hessian_products, mapped
 
 __all__ = ["HessianOperator"]
@@ -101,6 +102,8 @@ class HessianOperator:
         self._world, self._chunk = world, chunk
         self.products = 0
         self._probe()
+        hold_freed_memory()  # one product needs what the one before has freed
+        weakref.finalize(self, release_freed_memory)
 
     # ---- what it is ----
 
@@ -134,19 +137,25 @@ class HessianOperator:
 
     def _rows(self, rows: Tensor) -> Tensor:
         self._refuse_dropout()
-        total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        total = torch.zeros_like(rows, memory_format=torch.contiguous_format) if len(self._batches) != 1 else None
         chunk = self._chunk_for(len(rows))
         for index, (inputs, targets) in self._track(self._batches):
-            with self._fixed(index):
-                products = self._products_of(index, inputs, targets)
-            for first in range(0, len(rows), chunk):
-                with self._fixed(index):
-                    part = batched(products, self.layout, rows[first : first + chunk], chunk)
-                self._require_finite(part, inputs, targets, index)
-                total[first : first + chunk] += part * (_count(targets) / self._samples)
+            part = self._rows_of_batch(rows, chunk, index, inputs, targets)
+            self._require_finite(part, inputs, targets, index)
+            share = _count(targets) / self._samples
+            total = (part if share == 1 else part.mul_(share)) if total is None else total.add_(part, alpha=share)
         self._sum_over_processes(total)
         self.products += len(rows)
-        return total + self.weight_decay * rows
+        return total.add_(rows, alpha=self.weight_decay) if self.weight_decay else total
+
+    def _rows_of_batch(self, rows: Tensor, chunk: int, index: int, inputs, targets) -> Tensor:
+        with self._fixed(index):
+            products = self._products_of(index, inputs, targets)
+        parts = []
+        for some in rows.split(chunk):
+            with self._fixed(index):
+                parts.append(batched(products, self.layout, some, chunk))
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def _products_of(self, index: int, inputs, targets) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """For a batch: directions -> their products, both by parameter and with K in front."""
@@ -286,7 +295,7 @@ class HessianOperator:
 
     def _require_finite(self, result: Tensor, inputs: Any, targets: Any, index: int) -> None:
         """Names the batch whose loss or derivatives are not finite."""
-        if torch.isfinite(result).all():
+        if result.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(result)):
             return
         with torch.no_grad(), self._fixed(index):
             loss = self._loss_of(inputs, targets)(self.parameters()).item()

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
 from vitfast.hessian.dual import Primals, gradient_tangents
 from vitfast.hessian.layout import Layout
-from vitfast.hessian.memory import fitting_chunk
+from vitfast.hessian.memory import fitting_chunk, keeping_freed_memory
 from vitfast.ops._rules import forward_ad_is_nested, is_transformed
 
 __all__ = ["batched", "fisher_product", "gauss_newton_product", "hvp"]
@@ -141,7 +141,8 @@ def _apply(products, layout: Layout, params, vectors, chunk: int | None, scalar)
     rows, form = layout.rows_of(vectors)
     if chunk is None:
         chunk = 1 if len(rows) == 1 else fitting_chunk(scalar, params, len(rows))
-    return layout.in_form(batched(products, layout, rows, chunk), form)
+    with keeping_freed_memory():
+        return layout.in_form(batched(products, layout, rows, chunk), form)
 
 
 def hessian_products(fn: Callable[[Any], Tensor], params: Any, primals: Primals | None = None) -> Callable[[Any], Any]:

@@ -299,7 +299,7 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
     x_grad_t = weight_grad_t = bias_grad_t = None
     if wanted[0]:
         if grad_t is not None:
-            folded = x.expand(count, *x.shape).flatten(0, 1)
+            folded = x.new_empty(count * len(x), *x.shape[1:])  # of which only the shape is read
             x_grad_t = gradient(0, grad_t.flatten(0, 1), folded, weight).unflatten(0, (count, -1))
         if weight_t is not None:
             x_grad_t = _added(x_grad_t, (gradient(0, grad, x, weight_t[k]) for k in range(count)))
