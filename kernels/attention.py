@@ -35,6 +35,7 @@ Source: the online softmax of Milakov & Gimelshein, arXiv 1805.02867; the order 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,19 +43,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import divide_rows, dot, scaled, statistics_dtype, terms_per_program
-from .launch import Launch
+from .common import divide_rows, dot, online_softmax, scaled, statistics_dtype, terms_per_program
+from .launch import Launch, pointers_and_strides, strides
 
 # ---- tiles: tuples of blocks, one for each part of the head dimension ------------------------------------------------
 
 
 @triton.jit
-def _program(heads, tokens, BLOCK: tl.constexpr):
-    """Batch entry, head and first token of this program; blocks of tokens run fastest, then heads, then the batch."""
-    pid = tl.program_id(0)
+def _program(pid, heads, tokens, BLOCK: tl.constexpr):
+    """Batch entry, head and first token of program pid; blocks of tokens run fastest, then heads, then the batch."""
     blocks = tl.cdiv(tokens, BLOCK)
     index = pid // blocks
     return (index // heads).to(tl.int64), (index % heads).to(tl.int64), pid % blocks * BLOCK
+
+
+@triton.jit
+def _bias_program(pid, N, M, bias_heads, sums, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of program pid: its matrix of the bias, as an entry and a head, first query and key, chunk, and place of its sum.
+
+    The bias has ``sums`` matrices, ``bias_heads`` for each of its entries. Tiles run fastest, then matrices, then
+    chunks; sums are (chunks, sums, N, M), and their places count the matrices of these.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_m
+    tile, place = pid % tiles, pid // tiles
+    own = place % sums
+    matrix = (own // bias_heads).to(tl.int64), (own % bias_heads).to(tl.int64)
+    return matrix, tile // tiles_m * BLOCK_N, tile % tiles_m * BLOCK_M, place // sums, place.to(tl.int64)
 
 
 @triton.jit
@@ -161,7 +176,7 @@ def _probabilities(s, lse):
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 # These change from call to call without changing the code that is best for them.
-_jit = triton.jit(do_not_specialize=["heads", "bias_heads", "heads_per_bias", "terms", "terms_per_program"])
+_jit = triton.jit(do_not_specialize=["heads", "bias_heads", "heads_per_bias", "terms", "terms_per_program", "tangents"])
 
 
 @_jit
@@ -173,7 +188,7 @@ def attention_fwd_kernel(
     BIAS_ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Out and L of one block of queries."""
-    batch, head, start_n = _program(heads, N, BLOCK_N)
+    batch, head, start_n = _program(tl.program_id(0), heads, N, BLOCK_N)
     q = _load(_head(q_ptr, q_strides, batch, head), q_strides, start_n, N, D, PARTS, BLOCK_N)  # [BLOCK_N, D]
     k_ptr = _head(k_ptr, k_strides, batch, head)
     v_ptr = _head(v_ptr, v_strides, batch, head)
@@ -188,14 +203,8 @@ def attention_fwd_kernel(
         m = start_m + tl.arange(0, BLOCK_M)[None, :]
         bias = _load_bias(bias_ptr, bias_strides, batch, head, n[:, None], m, N, M, BIAS_ROWS, DTYPE)
         s = tl.where(m < M, scaled(_products(q, k), scale) + bias, float("-inf"))  # [BLOCK_N, BLOCK_M]
-        new_top = tl.maximum(top, tl.max(s, 1))
-        # The bias may forbid all keys of the first blocks: -inf - (-inf) would be NaN.
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(s - reference[:, None])
-        decay = tl.exp(top - reference)
-        total = total * decay + tl.sum(p, 1)
+        p, decay, top, total = online_softmax(s, top, total)
         out = _add_product(_multiply(out, decay[:, None]), p, v)
-        top = new_top
 
     # Without a key that is not forbidden this is 0 / 0, as it is in a softmax.
     out = _multiply(out, (1.0 / total)[:, None])
@@ -213,7 +222,7 @@ def attention_bwd_query_kernel(
     BIAS_ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dQ, delta and the sums of the rows of P of one block of queries."""
-    batch, head, start_n = _program(heads, N, BLOCK_N)
+    batch, head, start_n = _program(tl.program_id(0), heads, N, BLOCK_N)
     q = _load(_head(q_ptr, q_strides, batch, head), q_strides, start_n, N, D, PARTS, BLOCK_N)  # [BLOCK_N, D]
     g = _load(_head(g_ptr, g_strides, batch, head), g_strides, start_n, N, D, PARTS, BLOCK_N)  # [BLOCK_N, D]
     out = _load(_head(out_ptr, out_strides, batch, head), out_strides, start_n, N, D, PARTS, BLOCK_N)  # [BLOCK_N, D]
@@ -255,7 +264,7 @@ def attention_bwd_key_kernel(
     Scores are transposed, keys by queries: their gradients are what dK and dV are products of. Queries behind the last
     add zeros, for G is zero there, and keys behind the last are not stored, so neither has to be masked.
     """
-    batch, head, start_m = _program(heads, M, BLOCK_M)
+    batch, head, start_m = _program(tl.program_id(0), heads, M, BLOCK_M)
     k = _load(_head(k_ptr, k_strides, batch, head), k_strides, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
     v = _load(_head(v_ptr, v_strides, batch, head), v_strides, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
     q_ptr = _head(q_ptr, q_strides, batch, head)
@@ -299,28 +308,19 @@ def attention_bwd_bias_kernel(
 ):  # fmt: skip
     """The sum of one tile of dS over a chunk of the ``terms`` that share a matrix of the bias.
 
-    The bias has ``sums`` matrices, ``bias_heads`` for each of its entries. A term is a head of an entry of the batch;
-    ``heads_per_bias`` heads of an entry come after one another. ``dbias_ptr`` is contiguous, (chunks, sums, N, M).
-    Tiles run fastest, then matrices, then chunks.
+    A term is a head of an entry of the batch; ``heads_per_bias`` heads of an entry come after one another.
+    ``dbias_ptr`` is contiguous, (chunks, sums, N, M).
     """
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles = tl.cdiv(N, BLOCK_N) * tiles_m
-    start_n = pid % tiles // tiles_m * BLOCK_N
-    start_m = pid % tiles % tiles_m * BLOCK_M
-    own = pid // tiles % sums
-    chunk = pid // tiles // sums
-    own_batch = (own // bias_heads).to(tl.int64)
-    own_head = (own % bias_heads).to(tl.int64)
+    own, start_n, start_m, chunk, place = _bias_program(tl.program_id(0), N, M, bias_heads, sums, BLOCK_N, BLOCK_M)
     n = start_n + tl.arange(0, BLOCK_N)
     m = start_m + tl.arange(0, BLOCK_M)[None, :]
-    bias = _load_bias(bias_ptr, bias_strides, own_batch, own_head, n[:, None], m, N, M, BIAS_ROWS, DTYPE)
+    bias = _load_bias(bias_ptr, bias_strides, *own, n[:, None], m, N, M, BIAS_ROWS, DTYPE)
 
     dbias = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
     first = chunk * terms_per_program
     for index in range(first, tl.minimum(first + terms_per_program, terms)):
-        batch = own_batch + index // heads_per_bias
-        head = own_head + index % heads_per_bias
+        batch = own[0] + index // heads_per_bias
+        head = own[1] + index % heads_per_bias
         q = _load(_head(q_ptr, q_strides, batch, head), q_strides, start_n, N, D, PARTS, BLOCK_N)  # [BLOCK_N, D]
         g = _load(_head(g_ptr, g_strides, batch, head), g_strides, start_n, N, D, PARTS, BLOCK_N)  # [BLOCK_N, D]
         k = _load(_head(k_ptr, k_strides, batch, head), k_strides, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
@@ -331,7 +331,7 @@ def attention_bwd_bias_kernel(
         total = tl.load(total_ptr + rows, mask=n < N, other=1.0)
         p = _probabilities(scaled(_products(q, k), scale) + bias, lse[:, None])  # [BLOCK_N, BLOCK_M]
         dbias += p * divide_rows(1.0, total)[:, None] * (_products(g, v) - delta[:, None])
-    offsets = ((chunk * sums + own).to(tl.int64) * N + n[:, None]) * M + m
+    offsets = (place * N + n[:, None]) * M + m
     tl.store(dbias_ptr + offsets, dbias, mask=(n[:, None] < N) & (m < M))
 
 
@@ -377,7 +377,7 @@ def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
         kept = walked = min(32, 8192 // (width * dtype.itemsize))
     keeps_keys = kernel is attention_bwd_key_kernel
     limit_n, limit_m = (walked, kept) if keeps_keys else (kept, walked)
-    block_n, block_m = _block(n, limit_n), _block(m, limit_m)
+    block_n, block_m = block(n, limit_n), block(m, limit_m)
     if not tensor_cores or width > 128 or kernel is attention_bwd_bias_kernel:
         num_warps = 8
     else:
@@ -385,7 +385,7 @@ def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
     return Tiling(block_n, block_m, num_warps, num_stages=2)
 
 
-def _block(tokens: int, limit: int) -> int:
+def block(tokens: int, limit: int) -> int:
     """The power of two that holds the tokens, but no more than ``limit`` and no less than 16."""
     return max(16, min(triton.next_power_of_2(tokens), 1 << limit.bit_length() - 1))
 
@@ -441,7 +441,7 @@ def forward_launch(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor | None, scale: float
 ) -> Launch:
     """The launch that fills ``out``, and ``lse`` unless it is None."""
-    call = _Call(query, key, bias, scale)
+    call = Call(query, key, bias, scale)
     tile = call.tiling(attention_fwd_kernel)
     tensors = {"q": query, "k": key, "v": value, "out": out}
     return call.launch(attention_fwd_kernel, tile, call.heads * triton.cdiv(call.n, tile.block_n), tensors, lse_ptr=lse)
@@ -464,7 +464,7 @@ def backward_launches(
 
     These are (B, heads, 1, M) if all queries share the bias, and (chunks, matrices of the bias, N, M) if they do not.
     """
-    call = _Call(query, key, bias, scale)
+    call = Call(query, key, bias, scale)
     tensors = {"g": grad, "q": query, "k": key, "v": value}
     saved = {"lse_ptr": lse, "delta_ptr": torch.empty_like(lse), "total_ptr": torch.empty_like(lse)}
     rows, partial = bias is not None and bias.shape[2] > 1, None
@@ -482,45 +482,35 @@ def backward_launches(
     )
     if rows:
         tile = call.tiling(attention_bwd_bias_kernel)
-        sums = bias.shape[0] * bias.shape[1]
-        parallel = sums * triton.cdiv(call.n, tile.block_n) * triton.cdiv(call.m, tile.block_m)
-        terms = call.heads // sums
-        per_program = terms_per_program(terms, parallel)
-        chunks = triton.cdiv(terms, per_program)
-        partial = lse.new_empty((chunks, sums, call.n, call.m))
+        programs, chunks, terms = call.bias_terms(bias, tile)
+        partial = lse.new_empty((chunks, terms["sums"], call.n, call.m))
         launches.append(
-            call.launch(
-                attention_bwd_bias_kernel,
-                tile,
-                chunks * parallel,
-                tensors,
-                **saved,
-                dbias_ptr=partial,
-                bias_heads=bias.shape[1],
-                heads_per_bias=query.shape[1] if bias.shape[1] == 1 else 1,
-                sums=sums,
-                terms=terms,
-                terms_per_program=per_program,
-            )
+            call.launch(attention_bwd_bias_kernel, tile, programs, tensors, **saved, **terms, dbias_ptr=partial)
         )
     return launches, partial
 
 
-class _Call:
+def bias_strides(bias: Tensor) -> tuple[int, ...]:
+    """`strides` of a bias or of tangents of it, 0 along the dimensions of 1, whose one element serves all."""
+    return tuple(
+        0 if size == 1 else stride
+        for size, stride in zip(bias.shape[-4:] + bias.shape[:-4], strides(bias, 4), strict=True)
+    )
+
+
+class Call:
     """What the launches of one call have in common."""
 
     def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float):
         self.heads = query.shape[0] * query.shape[1]  # of all entries of the batch
+        self.heads_per_entry = query.shape[1]
         self.n, self.d = query.shape[2:]
         self.m = key.shape[2]
         self.dtype = query.dtype
-        strides = None
-        if bias is not None:
-            strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
         self.arguments: dict[str, Any] = {
             "bias_ptr": bias,
-            "bias_strides": strides,
-            "heads": query.shape[1],
+            "bias_strides": None if bias is None else bias_strides(bias),
+            "heads": self.heads_per_entry,
             "N": self.n,
             "M": self.m,
             "scale": scale,
@@ -530,18 +520,34 @@ class _Call:
             "DTYPE": tl.float64 if query.dtype == torch.float64 else tl.float32,
         }
 
-    def tiling(self, kernel: Any) -> Tiling:
-        return tiling(kernel, self.n, self.m, self.d, self.dtype)
+    def tiling(self, kernel: Any, choose: Callable[..., Tiling] = tiling) -> Tiling:
+        return choose(kernel, self.n, self.m, self.d, self.dtype)
 
-    def launch(self, kernel: Any, tile: Tiling, programs: int, tensors: dict[str, Tensor], **arguments: Any) -> Launch:
+    def bias_terms(self, bias: Tensor, tile: Tiling, repeats: int = 1) -> tuple[int, int, dict[str, int]]:
+        """Programs per repeat, chunks and arguments of ``repeats`` sums over what shares a matrix of the bias."""
+        sums = bias.shape[0] * bias.shape[1]
+        parallel = sums * triton.cdiv(self.n, tile.block_n) * triton.cdiv(self.m, tile.block_m)
+        terms = self.heads // sums
+        per_program = terms_per_program(terms, repeats * parallel)
+        chunks = triton.cdiv(terms, per_program)
+        arguments = {
+            "bias_heads": bias.shape[1],
+            "heads_per_bias": self.heads_per_entry if bias.shape[1] == 1 else 1,
+            "sums": sums,
+            "terms": terms,
+            "terms_per_program": per_program,
+        }
+        return chunks * parallel, chunks, arguments
+
+    def launch(
+        self, kernel: Any, tile: Tiling, programs: int, tensors: dict[str, Tensor | None], **arguments: Any
+    ) -> Launch:
         """A launch on ``tensors`` of (B, heads, tokens, D), each of which becomes a pointer and its strides."""
-        pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
-        strides = {f"{name}_strides": tensor.stride() for name, tensor in tensors.items()}
         blocks = {"BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m}
         return Launch(
             kernel,
             programs,
-            pointers | strides | self.arguments | blocks | arguments,
+            pointers_and_strides(tensors, 4) | self.arguments | blocks | arguments,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -25,6 +26,20 @@ def divide_rows(x, total):
     return x / tl.where(total > 0, total, 1.0)
 
 
+@triton.jit
+def online_softmax(s, top, total):
+    """Takes another block of scores: exp(S - top), what sums so far are multiplied by, and the new top and total.
+
+    The largest score so far is ``top``, and the sum of exp(S - top) so far ``total``, of each row.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1))
+    # There may be nothing to see in the first blocks: -inf - (-inf) would be NaN.
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp(s - reference[:, None])
+    decay = tl.exp(top - reference)
+    return p, decay, new_top, total * decay + tl.sum(p, 1)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that scores of tensors of ``dtype`` are computed in, and L and sums over them are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -37,3 +52,16 @@ def terms_per_program(terms: int, parallel: int) -> int:
     shapes alone decide, so that sums have the same order, and the same bits, in every run.
     """
     return triton.cdiv(terms, max(1, 1024 // parallel))
+
+
+def tangents_to_fill(
+    count: int, query: Tensor, key: Tensor, value: Tensor, want_output: bool, want_gradients: bool
+) -> list[Tensor | None]:
+    """``count`` tangents of the output and of the gradients of query, key and value, or None for what is not wanted.
+
+    They are zeros if there is nothing to compute. The order of dimensions in memory is that of the primal.
+    """
+    new = torch.empty_like if count and query.numel() and key.numel() else torch.zeros_like
+    wanted = (want_output, want_gradients, want_gradients, want_gradients)
+    primals = (query, query, key, value)
+    return [new(x.expand(count, *x.shape)) if want else None for x, want in zip(primals, wanted, strict=True)]

@@ -25,11 +25,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import attention, window_attention
+from . import attention, attention_tangents, window_attention, window_attention_tangents
 from .common import statistics_dtype
 from .launch import Launch
 
 ARCHS = (80, 90, 100)
+TANGENTS = 8  # of each input, along all of which the tangents of a case are taken at once
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -51,16 +52,19 @@ class Report:
 def _window_attention_case(
     heads: int, head_dim: int, window: int, channels_first: bool
 ) -> Callable[[torch.dtype], list[Launch]]:
-    """Both directions with a shift and a bias: per head from a packed projection, or shared on channels-first maps."""
+    """Both directions and tangents, with a shift and a bias: per head and packed, or shared on channels-first maps."""
 
     def launches(dtype: torch.dtype) -> list[Launch]:
         size, pair = 8 * window, (window, window)
         if channels_first:
             maps = torch.empty(3, 128, heads, head_dim, size, size, dtype=dtype, device="meta")
             query, key, value = maps.permute(0, 1, 4, 5, 2, 3)
+            maps_t = maps.new_empty((3, TANGENTS, *maps.shape[1:]))
+            query_t, key_t, value_t = maps_t.permute(0, 1, 2, 5, 6, 3, 4)
         else:
             packed = torch.empty(128, size, size, 3, heads, head_dim, dtype=dtype, device="meta")
             query, key, value = packed.unbind(3)
+            query_t, key_t, value_t = packed.new_empty((TANGENTS, *packed.shape)).unbind(4)
         statistics = statistics_dtype(dtype)
         bias = query.new_empty((1 if channels_first else heads, window**2, window**2), dtype=statistics)
         lse = query.new_empty((128, heads, size, size), dtype=statistics)
@@ -70,13 +74,17 @@ def _window_attention_case(
         backward, _ = window_attention.backward_launches(
             out, query, key, value, bias, lse, query, key, value, **geometry
         )
-        return [forward, *backward]
+        bias_t, out_t = bias.new_empty((TANGENTS, *bias.shape)), torch.empty_like(query_t)
+        arguments = query, key, value, bias, out, out_t, query_t, key_t, value_t, bias_t
+        results = out_t, query_t, key_t, value_t
+        tangents, _ = window_attention_tangents.tangents_launches(*arguments, *results, **geometry)
+        return [forward, *backward, *tangents]
 
     return launches
 
 
 def _attention_case(head_dim: int, bias_shape: tuple[int, ...] | None) -> Callable[[torch.dtype], list[Launch]]:
-    """Both directions of 197 tokens in 6 heads from a packed projection, with a bias of this shape."""
+    """Both directions and tangents of 197 tokens in 6 heads from a packed projection, with a bias of this shape."""
 
     def launches(dtype: torch.dtype) -> list[Launch]:
         packed = torch.empty(128, 197, 3, 6, head_dim, dtype=dtype, device="meta")
@@ -87,7 +95,12 @@ def _attention_case(head_dim: int, bias_shape: tuple[int, ...] | None) -> Callab
         scale = head_dim**-0.5
         forward = attention.forward_launch(query, key, value, bias, out, lse, scale)
         backward, _ = attention.backward_launches(out, query, key, value, bias, out, lse, query, key, value, scale)
-        return [forward, *backward]
+        query_t, key_t, value_t = (t.transpose(2, 3) for t in packed.new_empty((TANGENTS, *packed.shape)).unbind(3))
+        bias_t = None if bias is None else bias.new_empty((TANGENTS, *bias.shape))
+        out_t = query.new_empty((TANGENTS, 128, 197, 6, head_dim)).transpose(2, 3)
+        arguments = query, key, value, bias, out, out_t, query_t, key_t, value_t, bias_t
+        tangents, _ = attention_tangents.tangents_launches(*arguments, out_t, query_t, key_t, value_t, scale)
+        return [forward, *backward, *tangents]
 
     return launches
 

@@ -11,6 +11,21 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
+
+def strides(x: Tensor, dims: int) -> tuple[int, ...]:
+    """The strides of the last ``dims`` dimensions of x, and behind them that of one in front, which tangents have."""
+    return x.stride()[-dims:] + x.stride()[:-dims]
+
+
+def pointers_and_strides(tensors: dict[str, Tensor | None], dims: int) -> dict[str, Any]:
+    """The arguments <name>_ptr and <name>_strides of kernels for ``tensors`` of ``dims`` dimensions."""
+    arguments = {}
+    for name, tensor in tensors.items():
+        arguments[f"{name}_ptr"] = tensor
+        arguments[f"{name}_strides"] = None if tensor is None else strides(tensor, dims)
+    return arguments
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ Source: the online softmax of Milakov & Gimelshein, arXiv 1805.02867; the recomp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import divide_rows, dot, scaled, statistics_dtype, terms_per_program
-from .launch import Launch
+from .common import divide_rows, dot, online_softmax, scaled, statistics_dtype, terms_per_program
+from .launch import Launch, pointers_and_strides, strides
 
 Pair = tuple[int, int]
 
@@ -148,15 +149,20 @@ def _load_bias(
 
 
 @triton.jit
+def _scores(q, k, bias, queries, keys, scale):
+    """S of one tile, -inf wherever a query or a key is outside the map. [BLOCK_N, BLOCK_M]"""
+    s = scaled(dot(q, tl.trans(k)), scale) + bias
+    return tl.where(queries[3][:, None] & keys[3][None, :], s, float("-inf"))
+
+
+@triton.jit
 def _probabilities(q, k, bias, lse, queries, keys, scale):
     """P of one tile from the saved L; zero wherever a query or a key is outside the map. [BLOCK_N, BLOCK_M]
 
     The rounding of L scales a row by some 1 + |L| eps, which shows in dP - delta: divide P by the sums of its rows.
+    Queries outside the map must go too: their L was never written, and P is contracted over them in dK and dV.
     """
-    s = scaled(dot(q, tl.trans(k)), scale) + bias
-    # Queries outside the map must go too: their L was never written, and P is contracted over them in dK and dV.
-    s = tl.where(queries[3][:, None] & keys[3][None, :], s, float("-inf"))
-    return tl.exp(s - lse[:, None])
+    return tl.exp(_scores(q, k, bias, queries, keys, scale) - lse[:, None])
 
 
 @triton.jit
@@ -169,7 +175,7 @@ def _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 # These change from call to call without changing the code that is best for them.
-_jit = triton.jit(do_not_specialize=["heads", "window_count", "windows_per_program"])
+_jit = triton.jit(do_not_specialize=["heads", "window_count", "windows_per_program", "tangents"])
 
 
 @_jit
@@ -198,14 +204,8 @@ def window_attention_fwd_kernel(
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
         s = scaled(dot(q, tl.trans(k)), scale) + bias  # [BLOCK_N, BLOCK_M]
         s = tl.where(keys[3][None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        # All keys of the first blocks may be outside the map: -inf - (-inf) would be NaN.
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(s - reference[:, None])
-        decay = tl.exp(top - reference)
-        total = total * decay + tl.sum(p, 1)
+        p, decay, top, total = online_softmax(s, top, total)
         out = out * decay[:, None] + dot(p.to(v.dtype), v)
-        top = new_top
 
     _store(out_ptr, out_strides, queries, head, out / total[:, None], D, BLOCK_D, CHANNELS_FIRST)
     if lse_ptr is not None:
@@ -387,6 +387,11 @@ def tiling(n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
     return Tiling(block_n, block_m, block_d, num_warps)
 
 
+def is_channels_first(x: Tensor) -> bool:
+    """Whether neighbours on the map are closer in memory than the elements of a vector."""
+    return x.stride(2) < x.stride(4)
+
+
 def offset_dtype(tensors: list[Tensor]) -> tl.dtype:
     """The integers that count the elements between two tokens of one map and head in any of ``tensors``.
 
@@ -394,8 +399,8 @@ def offset_dtype(tensors: list[Tensor]) -> tl.dtype:
     """
     spans = []
     for tensor in tensors:
-        _, height, width, _, d = tensor.shape
-        _, row, column, _, element = tensor.stride()
+        _, height, width, _, d = tensor.shape[-5:]
+        _, row, column, _, element = tensor.stride()[-5:]
         spans.append((height - 1) * row + (width - 1) * column + (d - 1) * element)
     return tl.int32 if max(spans) < 2**31 else tl.int64
 
@@ -463,7 +468,7 @@ def forward_launch(
     scale: float,
 ) -> Launch:
     """The launch that fills ``out``, and ``lse`` unless it is None."""
-    call = _Call(query, key, bias, window_size, shift, scale)
+    call = Call(query, key, bias, window_size, shift, scale)
     tensors = {"q": query, "k": key, "v": value, "out": out}
     return call.launch(
         window_attention_fwd_kernel, call.windows * call.blocks_n, tensors, bias_ptr=bias, lse_ptr=lse, num_stages=2
@@ -486,7 +491,7 @@ def backward_launches(
     scale: float,
 ) -> tuple[list[Launch], Tensor | None]:
     """The launches that fill the gradients, and the partial sums they leave for the bias, (chunks, heads, N, M)."""
-    call = _Call(query, key, bias, window_size, shift, scale)
+    call = Call(query, key, bias, window_size, shift, scale)
     tensors = {"g": grad, "q": query, "k": key, "v": value}
     outputs = {"dq": grad_query, "dk": grad_key, "dv": grad_value}
     tiles = call.blocks_n * call.blocks_m
@@ -526,10 +531,25 @@ def backward_launches(
     return launches, partial
 
 
-class _Call:
+def bias_strides(bias: Tensor) -> tuple[int, ...]:
+    """`strides` of a bias or of tangents of it, 0 along the heads if these share it."""
+    heads, *others = strides(bias, 3)
+    return 0 if bias.shape[-3] == 1 else heads, *others
+
+
+class Call:
     """What the launches of one call have in common: the windows, the tiles and the arguments made of them."""
 
-    def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, window_size: Pair, shift: Pair, scale: float):
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        window_size: Pair,
+        shift: Pair,
+        scale: float,
+        choose: Callable[..., Tiling] = tiling,
+    ):
         query_map, key_map = query.shape[1:3], key.shape[1:3]
         ratio = [size // key_size for size, key_size in zip(query_map, key_map, strict=True)]
         # of the grid of windows: rows and columns of the first full window that lie before the map
@@ -540,11 +560,11 @@ class _Call:
         self.heads, d = query.shape[3:]
         self.windows = query.shape[0] * grid[0] * grid[1]
         self.n, self.m = window_size[0] * window_size[1], key_window[0] * key_window[1]
-        tile = tiling(self.n, self.m, d, query.dtype)
+        tile = choose(self.n, self.m, d, query.dtype)
         self.blocks_n, self.blocks_m = triton.cdiv(self.n, tile.block_n), triton.cdiv(self.m, tile.block_m)
         self.num_warps = tile.num_warps
         self.arguments: dict[str, Any] = {
-            "bias_strides": None if bias is None else (bias.stride(0) if bias.shape[0] > 1 else 0, *bias.stride()[1:]),
+            "bias_strides": None if bias is None else bias_strides(bias),
             "query_grid": (*query_map, *(-b for b in before)),
             "key_grid": (*key_map, *(-b for b in key_before)),
             "windows": tuple(grid),
@@ -557,7 +577,7 @@ class _Call:
             "BLOCK_M": tile.block_m,
             "BLOCK_D": tile.block_d,
             "DTYPE": tl.float64 if query.dtype == torch.float64 else tl.float32,
-            "CHANNELS_FIRST": query.stride(2) < query.stride(4),
+            "CHANNELS_FIRST": is_channels_first(query),
         }
 
     def launch(
@@ -569,13 +589,11 @@ class _Call:
         **arguments: Any,
     ) -> Launch:
         """A launch on ``tensors`` of (B, H, W, heads, D), each of which becomes a pointer and its strides."""
-        pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
-        strides = {f"{name}_strides": None if tensor is None else tensor.stride() for name, tensor in tensors.items()}
         offset = offset_dtype([tensor for tensor in tensors.values() if tensor is not None])
         return Launch(
             kernel,
             programs_per_head * self.heads,
-            pointers | strides | self.arguments | {"OFFSET": offset} | arguments,
+            pointers_and_strides(tensors, 5) | self.arguments | {"OFFSET": offset} | arguments,
             num_warps=self.num_warps,
             num_stages=num_stages,
         )

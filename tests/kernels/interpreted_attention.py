@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import LAYOUTS, Case, assert_results_close, exact, expected, fused, make_inputs, plain
-from helpers import Results
+from helpers import Inputs, Results, restride
+from tangent_checks import ATTENTION, sliced_tangents, tangents_last, with_tangents
 
 import vitfast
 from vitfast.kernels import attention as kernels
+from vitfast.kernels import attention_tangents
 from vitfast.kernels.common import statistics_dtype, terms_per_program
 
 CASES = [
@@ -249,6 +251,153 @@ def test_logsumexp_without_keys():
     assert torch.equal(lse, torch.full((2, 2, 5), float("-inf")))
 
 
+# ---- tangents --------------------------------------------------------------------------------------------------------
+
+TANGENT_CASES = [
+    Case(queries=33, keys=18, heads=2, dim=20, bias="hnm"),
+    Case(queries=18, keys=33, heads=2, dim=48, batch=1, bias="bhnm"),
+    Case(queries=18, heads=2, dim=80, bias="m", packed=True),
+    Case(queries=35, keys=5, heads=1, dim=16, bias=None),
+    Case(queries=1, keys=34, heads=2, dim=5, bias="bhm"),
+    Case(queries=34, keys=1, heads=2, dim=8, bias="bn"),
+    Case(queries=17, heads=1, dim=130, batch=1, bias=None),
+    Case(queries=20, heads=2, dim=16, scale=0.0),
+    Case(queries=20, heads=2, dim=16, scale=-0.7, bias="b"),
+]
+
+
+def tangent_inputs(case, dtype, count=1, given=Inputs._fields):
+    return with_tangents(make_inputs(case, dtype), count, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", TANGENT_CASES, ids=str)
+def test_tangents(case, dtype):
+    ATTENTION.assert_right(case, *tangent_inputs(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [None, "hnm", "m"])
+def test_several_tangents(bias, dtype):
+    case = Case(queries=18, keys=20, heads=2, dim=8, bias=bias)
+    ATTENTION.assert_right(case, *tangent_inputs(case, dtype, count=3))
+
+
+def test_tangents_in_float16_in_several_blocks():
+    """Blocks of 64 queries and 16 keys for the queries, of 16 queries and 64 keys for the keys."""
+    case = Case(queries=66, keys=70, heads=1, dim=40, batch=1)
+    ATTENTION.assert_right(case, *tangent_inputs(case, torch.float16))
+
+
+@pytest.mark.parametrize("absent", [False, True], ids=["alone", "absent"])
+@pytest.mark.parametrize("name", Inputs._fields)
+def test_tangents_of_zero(name, absent):
+    case = Case(queries=17, keys=18, heads=1, dim=8)
+    given = tuple(other for other in Inputs._fields if (other == name) != absent)
+    ATTENTION.assert_right(case, *tangent_inputs(case, torch.float32, given=given))
+
+
+@pytest.mark.parametrize("bias", BIASES, ids=lambda bias: bias or "scalar")
+def test_tangents_for_every_broadcast_of_the_bias(bias):
+    case = Case(queries=18, keys=17, heads=2, dim=8, bias=bias)
+    ATTENTION.assert_right(case, *tangent_inputs(case, torch.float32))
+
+
+@pytest.mark.parametrize(("batch", "heads", "bias"), [(4, 2, "hnm"), (2, 4, "bnm"), (2, 2, "nm")])
+def test_tangents_of_the_terms_of_one_chunk_are_added_up(batch, heads, bias, monkeypatch):
+    case = Case(queries=18, keys=17, heads=heads, dim=8, batch=batch, bias=bias)
+    monkeypatch.setattr(kernels, "terms_per_program", lambda terms, parallel: 3)
+    ATTENTION.assert_right(case, *tangent_inputs(case, torch.float32, count=2))
+
+
+def test_one_result_does_not_depend_on_the_other():
+    case = Case(queries=18, keys=20, heads=1, dim=8)
+    ATTENTION.assert_one_result_does_not_depend_on_the_other(case, *tangent_inputs(case, torch.float32))
+
+
+def test_without_a_bias_there_is_no_tangent_of_its_gradient():
+    case = Case(queries=5, heads=1, dim=8, bias=None)
+    assert ATTENTION.by_kernels(case, *tangent_inputs(case, torch.float32)).bias is None
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_tangents_of_tensors_in_any_layout(layout):
+    case = Case(queries=17, keys=18, heads=2, dim=20)
+    inputs, tangents = tangent_inputs(case, torch.float32, count=2)
+    strided = inputs.map(LAYOUTS[layout])
+    moved = Inputs(
+        query=tangents_last(tangents.query),
+        key=sliced_tangents(tangents.key),
+        value=restride(tangents.value, (1, 2, 0, 4, 3)),
+        bias=restride(tangents.bias, (4, 1, 2, 0, 3)),
+        grad=tangents.grad[:1].expand_as(tangents.grad),
+    )
+    ATTENTION.assert_right(case, strided, moved)
+
+
+def test_tangents_have_the_memory_layout_of_the_primals():
+    case = Case(queries=5, heads=2, dim=8, bias="m")
+    inputs, tangents = tangent_inputs(case, torch.float32, count=3)
+    results = ATTENTION.by_kernels(case, inputs.map(LAYOUTS["tokens_first"]), tangents)
+    for result in results[:4]:
+        assert result.shape == (3, 2, 2, 5, 8)
+        assert result.transpose(2, 3).is_contiguous()
+
+
+def test_tangents_more_than_2_to_31_elements_apart():
+    case = Case(queries=2, keys=3, heads=2, dim=2)
+    inputs, tangents = tangent_inputs(case, torch.float16, count=2)
+    # the operating system gives memory to those parts only that are written
+    memory = torch.from_numpy(np.empty(2**31 + tangents.key.numel(), np.float16))
+    strides = (2**31, *tangents.key.stride()[1:])
+    far = memory.as_strided(tangents.key.shape, strides).copy_(tangents.key)
+    ATTENTION.assert_right(case, inputs, tangents._replace(key=far))
+
+
+@pytest.mark.parametrize("columns", [slice(0, 20), slice(0, 40, 3)], ids=["first block", "every third key"])
+def test_tangents_where_keys_are_forbidden_by_an_infinite_bias(columns):
+    case = Case(queries=18, keys=40, heads=1, dim=8, batch=1)
+    inputs, tangents = tangent_inputs(case, torch.float32)
+    ATTENTION.assert_right(case, forbid(inputs, slice(None), columns), tangents)
+
+
+def test_tangents_of_a_query_without_keys_are_nan_as_in_plain_pytorch():
+    case = Case(queries=18, keys=20, heads=1, dim=8, batch=2, bias="bnm")
+    inputs, tangents = tangent_inputs(case, torch.float32)
+    inputs.bias[1, :, 5] = float("-inf")
+    for result in ATTENTION.by_kernels(case, inputs, tangents):
+        assert result[:, 1].isnan().any()
+        assert not result[:, 0].isnan().any()
+
+
+def test_tangents_of_large_scores():
+    case = Case(queries=18, keys=40, heads=1, dim=16, scale=30.0)
+    ATTENTION.assert_right(case, *tangent_inputs(case, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tangents_far_from_zero(dtype):
+    """All keys are alike, and so are the scores of a query and their tangents: what they differ in must be left."""
+    case = Case(queries=18, keys=20, heads=1, dim=16)
+    inputs, tangents = tangent_inputs(case, dtype)
+    inputs, tangents = inputs._replace(key=inputs.key + 8, value=inputs.value + 8), tangents.map(lambda t: t + 4)
+    ATTENTION.assert_right(case, inputs, tangents)
+
+
+@pytest.mark.parametrize("bias", [None, "hnm", "m"], ids=str)
+@pytest.mark.parametrize(
+    "empty", [{"batch": 0}, {"heads": 0}, {"queries": 0, "keys": 5}, {"keys": 0}, {"dim": 8}], ids=str
+)
+def test_tangents_of_empty_inputs(empty, bias):
+    """The last of them has no tangents."""
+    case = Case(queries=5, heads=2, dim=8, bias=bias).but(**empty)
+    count = 0 if "dim" in empty else 2
+    inputs, tangents = tangent_inputs(case, torch.float32, count)
+    for result, primal in zip(ATTENTION.by_kernels(case, inputs, tangents), (inputs.query, *inputs[:4]), strict=True):
+        if primal is not None:
+            assert torch.equal(result, torch.zeros(count, *primal.shape))
+
+
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -276,14 +425,21 @@ KERNELS = [
     kernels.attention_bwd_key_kernel,
     kernels.attention_bwd_bias_kernel,
 ]
+TANGENT_KERNELS = [
+    attention_tangents.attention_rows_kernel,
+    attention_tangents.attention_tangents_query_kernel,
+    attention_tangents.attention_tangents_key_kernel,
+    attention_tangents.attention_tangents_bias_kernel,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", KERNELS + TANGENT_KERNELS, ids=lambda kernel: kernel.__name__)
 def test_tiling(kernel, dtype):
+    tiling = (attention_tangents if kernel in TANGENT_KERNELS else kernels).tiling
     for d in (8, 32, 48, 64, 80, 128, 192, 256):
         for n, m in ((1, 1), (1, 577), (50, 50), (197, 197), (4096, 77)):
-            tile = kernels.tiling(kernel, n, m, d, dtype)
+            tile = tiling(kernel, n, m, d, dtype)
             for size, tokens in ((tile.block_n, n), (tile.block_m, m)):
                 assert 16 <= size <= 128  # 16 is the least that Triton multiplies
                 assert size & (size - 1) == 0

@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, Case, assert_results_close, exact, expected, fused, make_inputs, plain
+from helpers import LAYOUTS, Case, Inputs, assert_results_close, exact, expected, fused, make_inputs, plain, restride
+from tangent_checks import WINDOW_ATTENTION, sliced_tangents, tangents_last, with_tangents
 
 import vitfast
 from vitfast import reference
 from vitfast.kernels import window_attention as kernels
+from vitfast.kernels import window_attention_tangents
 from vitfast.kernels.common import terms_per_program
 
 CASES = [
@@ -198,3 +200,161 @@ def test_tiling(n, m, d, dtype, whole):
         assert size >= 16  # the least that Triton multiplies
         assert size & (size - 1) == 0
     assert tile.num_warps in (1, 2, 4, 8)
+
+
+# ---- tangents --------------------------------------------------------------------------------------------------------
+
+TANGENT_CASES = [
+    Case(size=(3, 2), window=(1, 1), heads=2, dim=16),
+    Case(size=(5, 6), window=(4, 4), shift=(2, 1), heads=2, dim=20, bias="shared"),
+    Case(size=(7, 6), shift=(3, 3), heads=1, dim=32, batch=1),
+    Case(size=(3, 7), window=(2, 5), shift=(1, 0), heads=1, dim=5, batch=1),
+    Case(size=(4, 4), window=(4, 4), heads=1, dim=16, scale=0.0),
+    Case(size=(4, 8), window=(4, 4), shift=(2, 2), ratio=(2, 2), heads=2, dim=20, batch=1, bias="shared"),
+    Case(size=(6, 8), window=(6, 4), shift=(0, 2), ratio=(3, 2), heads=1, dim=16, batch=1),
+    # windows of several blocks: 81 tokens; a map at the far end of its only window, whose first keys are all outside;
+    # 100 queries and 25 keys; a shared bias
+    Case(size=(9, 5), window=(9, 9), shift=(0, 1), heads=1, dim=20, batch=1),
+    Case(size=(2, 3), window=(9, 9), shift=(2, 3), heads=1, dim=16, batch=1),
+    Case(size=(10, 10), window=(10, 10), ratio=(2, 2), heads=1, dim=16, batch=1, bias=None),
+    Case(size=(6, 6), window=(6, 6), heads=2, dim=16, batch=1, bias="shared"),
+]
+
+
+def tangent_inputs(case, dtype, count=1, given=Inputs._fields):
+    return with_tangents(make_inputs(case, dtype), count, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", TANGENT_CASES, ids=str)
+def test_tangents(case, dtype):
+    WINDOW_ATTENTION.assert_right(case, *tangent_inputs(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [None, "shared", "per head"])
+def test_several_tangents(bias, dtype):
+    case = Case(size=(5, 4), window=(4, 4), shift=(2, 1), heads=2, dim=8, batch=1, bias=bias)
+    WINDOW_ATTENTION.assert_right(case, *tangent_inputs(case, dtype, count=3))
+
+
+@pytest.mark.parametrize("absent", [False, True], ids=["alone", "absent"])
+@pytest.mark.parametrize("name", Inputs._fields)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tangents_of_zero(dtype, name, absent):
+    case = Case(size=(5, 4), window=(5, 4), heads=1, dim=8, batch=1)
+    given = tuple(other for other in Inputs._fields if (other == name) != absent)
+    WINDOW_ATTENTION.assert_right(case, *tangent_inputs(case, dtype, given=given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [(4, 4), (5, 5)], ids=["one block", "several blocks"])
+def test_tangents_of_the_windows_of_one_chunk_are_added_up(window, dtype, monkeypatch):
+    """Each program takes three of the four windows, which leaves one for the last."""
+    case = Case(size=(window[0], window[1] + 1), window=window, shift=(0, 1), heads=1, dim=8)
+    monkeypatch.setattr(window_attention_tangents, "terms_per_program", lambda terms, parallel: 3)
+    WINDOW_ATTENTION.assert_right(case, *tangent_inputs(case, dtype, count=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [(4, 4), (5, 5), (9, 9)], ids=["one block", "blocks of queries", "blocks"])
+def test_one_result_does_not_depend_on_the_other(window, dtype):
+    case = Case(size=window, window=window, heads=1, dim=8, batch=1)
+    WINDOW_ATTENTION.assert_one_result_does_not_depend_on_the_other(case, *tangent_inputs(case, dtype))
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_tangents_of_tensors_in_any_layout(layout):
+    case = Case(size=(5, 4), window=(4, 4), shift=(2, 0), heads=2, dim=16, batch=1)
+    inputs, tangents = tangent_inputs(case, torch.float16, count=2)
+    strided = inputs.map(lambda t: LAYOUTS[layout](t) if t.dim() == 5 else t.mT.contiguous().mT)
+    moved = Inputs(
+        query=tangents_last(tangents.query),
+        key=sliced_tangents(tangents.key),
+        value=restride(tangents.value, (1, 4, 5, 0, 3, 2)),
+        bias=restride(tangents.bias, (3, 1, 0, 2)),
+        grad=tangents.grad[:1].expand_as(tangents.grad),
+    )
+    WINDOW_ATTENTION.assert_right(case, strided, moved)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_first"])
+def test_tangents_have_the_memory_layout_of_the_primals(layout):
+    case = Case(size=(3, 2), window=(2, 2), heads=2, dim=8, batch=2)
+    inputs, tangents = tangent_inputs(case, torch.float32, count=3)
+    strided = inputs.map(lambda t: LAYOUTS[layout](t) if t.dim() == 5 else t)
+    for result in WINDOW_ATTENTION.by_kernels(case, strided, tangents)[:4]:
+        assert result.stride() == (strided.query.numel(), *strided.query.stride())
+
+
+def test_tangents_more_than_2_to_31_elements_apart():
+    case = Case(size=(2, 2), window=(2, 2), heads=1, dim=16)
+    inputs, tangents = tangent_inputs(case, torch.float16, count=2)
+    # the operating system gives memory to those parts only that are written
+    memory = torch.from_numpy(np.empty(2**31 + tangents.query.numel(), np.float16))
+    strides = (2**31, *tangents.query.stride()[1:])
+    far = memory.as_strided(tangents.query.shape, strides).copy_(tangents.query)
+    WINDOW_ATTENTION.assert_right(case, inputs, tangents._replace(query=far))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tangents_where_keys_are_excluded_by_an_infinite_bias(dtype):
+    case = Case(size=(4, 4), window=(4, 4), heads=1, dim=16, batch=1)
+    inputs, tangents = tangent_inputs(case, dtype)
+    inputs.bias[:, :, ::3] = float("-inf")
+    WINDOW_ATTENTION.assert_right(case, inputs, tangents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tangents_of_a_query_without_keys_are_nan_as_in_plain_pytorch(dtype):
+    case = Case(size=(4, 4), window=(4, 4), heads=2, dim=16, batch=1)
+    inputs, tangents = tangent_inputs(case, dtype)
+    inputs.bias[1, 5] = float("-inf")
+    for result in WINDOW_ATTENTION.by_kernels(case, inputs, tangents)[:4]:
+        assert result[..., 1, :].isnan().any()
+        assert not result[..., 0, :].isnan().any()
+
+
+@pytest.mark.parametrize("window", [(4, 4), (9, 9)], ids=["one block", "several blocks"])
+def test_tangents_of_large_scores(window):
+    case = Case(size=window, window=window, heads=1, dim=16, batch=1, scale=30.0)
+    WINDOW_ATTENTION.assert_right(case, *tangent_inputs(case, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tangents_far_from_zero(dtype):
+    """All keys are alike, and so are the scores of a query and their tangents: what they differ in must be left."""
+    case = Case(size=(4, 4), window=(4, 4), heads=1, dim=16, batch=1)
+    inputs, tangents = tangent_inputs(case, dtype)
+    inputs, tangents = inputs._replace(key=inputs.key + 8, value=inputs.value + 8), tangents.map(lambda t: t + 4)
+    WINDOW_ATTENTION.assert_right(case, inputs, tangents)
+
+
+@pytest.mark.parametrize("bias", [None, "shared", "per head"])
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"size": (0, 4)}, {"dim": 8}], ids=str)
+def test_tangents_of_empty_inputs(empty, bias):
+    """The last of them has no tangents."""
+    case = Case(size=(4, 4), window=(4, 4), heads=2, dim=8, bias=bias).but(**empty)
+    count = 0 if "dim" in empty else 2
+    inputs, tangents = tangent_inputs(case, torch.float32, count)
+    for result, primal in zip(
+        WINDOW_ATTENTION.by_kernels(case, inputs, tangents), (inputs.query, *inputs[:4]), strict=True
+    ):
+        if primal is None:
+            assert result is None
+        else:
+            assert torch.equal(result, torch.zeros(count, *primal.shape))
+
+
+@pytest.mark.parametrize("channels_first", [False, True], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [5, 32, 64, 128, 256])
+def test_tiling_of_tangents(d, dtype, channels_first):
+    for n, m in ((1, 1), (16, 16), (49, 49), (144, 36)):
+        tile = window_attention_tangents.tiling(n, m, d, dtype, channels_first)
+        assert tile.block_d >= d
+        for size in tile[:3]:
+            assert size >= 16  # the least that Triton multiplies
+            assert size & (size - 1) == 0
+        assert tile.block_m < max(17, 2 * m)
+        assert tile.num_warps in (1, 2, 4, 8)

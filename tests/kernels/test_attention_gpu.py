@@ -26,7 +26,8 @@ from gpu_checks import (
     on_cpu,
     on_gpu,
 )
-from helpers import Results
+from helpers import Results, restride
+from tangent_checks import ATTENTION, sliced_tangents, tangents_last, with_tangents
 
 from vitfast.functional import attention, attention_qkvpacked
 from vitfast.kernels import attention as kernels
@@ -210,6 +211,73 @@ def test_more_than_2_to_31_elements_apart(far):
 def test_default_backend_of_a_gpu_is_triton(monkeypatch):
     monkeypatch.setattr(backend_module, "_forced", None)
     assert backend_module.choose("attention", ("cpu", "triton"), torch.device("cuda")) == "triton"
+
+
+# ---- tangents --------------------------------------------------------------------------------------------------------
+
+
+def gpu_tangents(case, dtype, count=3):
+    return (x.map(lambda t: t.cuda()) for x in with_tangents(make_inputs(case, dtype), count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if 0 not in case.scores], ids=str)
+def test_tangents(case, dtype):
+    ATTENTION.assert_right(case, *gpu_tangents(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chosen", range(16))
+def test_tangents_for_every_broadcast_of_the_bias(chosen, dtype):
+    bias = "".join(name for i, name in enumerate("bhnm") if chosen >> i & 1)
+    case = Case(queries=70, keys=90, dim=16, batch=3, bias=bias)
+    ATTENTION.assert_right(case, *gpu_tangents(case, dtype))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+def test_tangents_in_float64(case):
+    ATTENTION.assert_right(case, *gpu_tangents(case, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "grad"])
+def test_tangents_of_zero(name, dtype):
+    case = Case(queries=70, keys=90, heads=2, dim=48)
+    inputs, tangents = gpu_tangents(case, dtype)
+    alone = type(tangents)(*(None for _ in tangents))._replace(**{name: getattr(tangents, name)})
+    for some in (alone, tangents._replace(**{name: None})):
+        ATTENTION.assert_right(case, inputs, some)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tangents_of_tensors_in_any_layout(layout, dtype):
+    case = Case(queries=70, keys=90, heads=2, dim=48)
+    inputs, tangents = gpu_tangents(case, dtype)
+    moved = tangents._replace(
+        query=tangents_last(tangents.query),
+        key=sliced_tangents(tangents.key),
+        value=restride(tangents.value, (1, 2, 0, 4, 3)),
+        grad=tangents.grad[:1].expand_as(tangents.grad),
+    )
+    ATTENTION.assert_right(case, inputs.map(LAYOUTS[layout]), moved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_result_does_not_depend_on_the_other(dtype):
+    case = Case(queries=70, keys=90, heads=2, dim=48)
+    ATTENTION.assert_one_result_does_not_depend_on_the_other(case, *gpu_tangents(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", ["nm", "m"])
+def test_tangents_are_deterministic(bias, dtype):
+    case = Case(queries=197, heads=12, dim=64, batch=16, bias=bias)
+    inputs, tangents = gpu_tangents(case, dtype)
+    first = ATTENTION.by_kernels(case, inputs, tangents)
+    for _ in range(3):
+        for one, other in zip(first, ATTENTION.by_kernels(case, inputs, tangents), strict=True):
+            assert torch.equal(one, other)
 
 
 # ---- derivatives, torch.compile, autocast ----------------------------------------------------------------------------

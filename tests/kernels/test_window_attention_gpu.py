@@ -13,7 +13,8 @@ from gpu_checks import (
     on_cpu,
     on_gpu,
 )
-from helpers import LAYOUTS, Case, Results, assert_results_close, exact, fused, make_inputs, plain
+from helpers import LAYOUTS, Case, Results, assert_results_close, exact, fused, make_inputs, plain, restride
+from tangent_checks import WINDOW_ATTENTION, sliced_tangents, tangents_last, with_tangents
 
 from vitfast import reference
 from vitfast.functional import window_attention, window_attention_qkvpacked
@@ -145,6 +146,68 @@ def test_more_than_2_to_31_elements_apart(far):
 def test_default_backend_of_a_gpu_is_triton(monkeypatch):
     monkeypatch.setattr(backend_module, "_forced", None)
     assert backend_module.choose("window_attention", ("cpu", "triton"), torch.device("cuda")) == "triton"
+
+
+# ---- tangents --------------------------------------------------------------------------------------------------------
+
+
+def gpu_tangents(case, dtype, count=3):
+    return (x.map(lambda t: t.cuda()) for x in with_tangents(make_inputs(case, dtype), count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.batch and 0 not in case.size], ids=str)
+def test_tangents(case, dtype):
+    WINDOW_ATTENTION.assert_right(case, *gpu_tangents(case, dtype))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[10]], ids=str)
+def test_tangents_in_float64(case):
+    WINDOW_ATTENTION.assert_right(case, *gpu_tangents(case, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "grad"])
+@pytest.mark.parametrize("window", [(4, 4), (7, 7), (12, 12)], ids=["one block", "blocks of queries", "blocks"])
+def test_tangents_of_zero(window, name, dtype):
+    case = Case(size=(13, 9), window=window, shift=(2, 3), heads=2)
+    inputs, tangents = gpu_tangents(case, dtype)
+    alone = type(tangents)(*(None for _ in tangents))._replace(**{name: getattr(tangents, name)})
+    for some in (alone, tangents._replace(**{name: None})):
+        WINDOW_ATTENTION.assert_right(case, inputs, some)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tangents_of_tensors_in_any_layout(layout, dtype):
+    case = Case(size=(10, 9), shift=(3, 0), heads=2)
+    inputs, tangents = gpu_tangents(case, dtype)
+    strided = inputs.map(lambda t: LAYOUTS[layout](t) if t.dim() == 5 else t.mT.contiguous().mT)
+    moved = tangents._replace(
+        query=tangents_last(tangents.query),
+        key=sliced_tangents(tangents.key),
+        value=restride(tangents.value, (1, 4, 5, 0, 3, 2)),
+        grad=tangents.grad[:1].expand_as(tangents.grad),
+    )
+    WINDOW_ATTENTION.assert_right(case, strided, moved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [(4, 4), (7, 7), (12, 12)], ids=["one block", "blocks of queries", "blocks"])
+def test_one_result_does_not_depend_on_the_other(window, dtype):
+    case = Case(size=(13, 9), window=window, shift=(2, 3), heads=2)
+    WINDOW_ATTENTION.assert_one_result_does_not_depend_on_the_other(case, *gpu_tangents(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", ["shared", "per head"])
+def test_tangents_are_deterministic(bias, dtype):
+    case = Case(size=(56, 56), shift=(3, 3), batch=4, bias=bias)
+    inputs, tangents = gpu_tangents(case, dtype)
+    first = WINDOW_ATTENTION.by_kernels(case, inputs, tangents)
+    for _ in range(3):
+        for one, other in zip(first, WINDOW_ATTENTION.by_kernels(case, inputs, tangents), strict=True):
+            assert torch.equal(one, other)
 
 
 # ---- derivatives, torch.compile, autocast ----------------------------------------------------------------------------

@@ -65,8 +65,13 @@ class Dual(Tensor):
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operation in IN_PLACE:
-            return _take_over(args[0], cls.__torch_dispatch__(IN_PLACE[operation], types, args, kwargs), operation)
+        if operation in CONSTANTS:
+            return operation(*map(_primal, args), **kwargs)
+        if operation._schema.is_mutable:
+            plain = _not_in_place(operation)
+            return _take_over(args[0], cls.__torch_dispatch__(plain, types, args, kwargs), operation)
+        if operation in COMPOSITES:
+            return COMPOSITES[operation](*args, **kwargs)
         rule, serves = RULES.get(operation, (None, None))
         if rule is None or (serves is not None and not serves(*args, **kwargs)):
             return by_transforms(operation, *args, **kwargs)
@@ -79,8 +84,11 @@ RULES: dict[Any, tuple[Callable, Callable[..., bool] | None]] = {}
 """Operations of the dispatcher -> (operation, its primal result, *arguments) -> its result with tangents; and which
 arguments this serves, None for all."""
 
-IN_PLACE: dict[Any, Any] = {}
-"""Operations that change their first argument -> those, with rules, that return a new tensor."""
+COMPOSITES: dict[Any, Callable] = {}
+"""Operations that PyTorch cannot differentiate in forward mode -> the same, of operations that it can."""
+
+CONSTANTS: set[Any] = set()
+"""Operations whose result depends on no values of their arguments. It is new in every run: somebody may fill it."""
 
 
 class Primals:
@@ -119,6 +127,15 @@ def _primal(x: Any) -> Any:
     return x.primal if isinstance(x, Dual) else x
 
 
+def _not_in_place(operation):
+    """The operation that returns a new tensor where ``operation`` changes its first argument."""
+    namespace, name = operation._schema.name.split("::")
+    plain = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    if plain is None or operation._overloadname not in plain.overloads():
+        raise Unsupported(f"{operation} changes a tensor in place")
+    return getattr(plain, operation._overloadname)
+
+
 def _take_over(x: Any, result: Dual, operation) -> Dual:
     """x with the values of a result, as if it had been changed in place: if no view would have to see it."""
     if not isinstance(x, Dual) or x.is_shared or result.shape != x.shape or result.dtype != x.dtype:
@@ -141,8 +158,6 @@ def dual(primal: Tensor, tangents: Tensor | None) -> Tensor:
 
 def by_transforms(operation, *args, **kwargs):
     """Any operation that returns new tensors, by `vmap` of its `jvp`."""
-    if operation._schema.is_mutable:
-        raise Unsupported(f"{operation} changes a tensor in place")
     leaves, tree = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
     duals = [leaves[i] for i in places]

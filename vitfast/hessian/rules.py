@@ -7,13 +7,16 @@ differentiate through the tensors that determine the statistics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 
-from vitfast.hessian.dual import IN_PLACE, RULES, Dual, dual, parts
+from vitfast.hessian.dual import COMPOSITES, CONSTANTS, RULES, Dual, dual, parts
 from vitfast.ops import _extension, attention, window_attention
 from vitfast.ops.layers import (
     Products,
@@ -34,6 +37,17 @@ def _rule(*operations, serves: Callable[..., bool] | None = None) -> Callable:
         return function
 
     return register
+
+
+def _with_transforms(rule: Callable) -> Callable:
+    """Decorates a rule that may map a definition over all tangents, which PyTorch allows in a dispatch only like so."""
+
+    @functools.wraps(rule)
+    def run(*args, **kwargs):
+        with enable_reentrant_dispatch(), torch.no_grad():
+            return rule(*args, **kwargs)
+
+    return run
 
 
 # ---- views, and other operations that move values --------------------------------------------------------------------
@@ -122,6 +136,23 @@ def _join(operation, result, tensors, dim=0):
     )
 
 
+@_rule(aten.copy.default)
+def _copy(operation, result, x, source, non_blocking=False):
+    source_t = parts(source)[1]
+    if source_t is None:
+        return Dual(result, x.tangents.new_zeros(1, *result.shape).expand(len(x.tangents), *result.shape))
+    return Dual(result, _whole(_aligned(source_t, result.dim()), result).to(result.dtype))
+
+
+CONSTANTS.update(
+    {
+        *(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
+        *(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
+        *(aten.rand_like.default, aten.randn_like.default, aten.new_empty_strided.default),
+    }
+)
+
+
 # ---- elementwise -----------------------------------------------------------------------------------------------------
 
 
@@ -193,26 +224,16 @@ def _is_exact(*args, approximate="none"):
 
 
 @_rule(aten.gelu.default, serves=_is_exact)
+@_with_transforms
 def _gelu(operation, result, x, *, approximate="none"):
     return Dual(result, gelu_tangents(x.primal, x.tangents))
 
 
 @_rule(aten.gelu_backward.default, serves=_is_exact)
+@_with_transforms
 def _gelu_backward(operation, result, grad, x, *, approximate="none"):
     (grad, grad_t), (x, x_t) = parts(grad), parts(x)
     return Dual(result, gelu_backward_tangents(grad, x, grad_t, x_t))
-
-
-IN_PLACE.update(
-    {
-        aten.relu_.default: aten.relu.default,
-        aten.neg_.default: aten.neg.default,
-        aten.add_.Tensor: aten.add.Tensor,
-        aten.sub_.Tensor: aten.sub.Tensor,
-        aten.mul_.Tensor: aten.mul.Tensor,
-        aten.div_.Tensor: aten.div.Tensor,
-    }
-)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------
@@ -327,6 +348,7 @@ def _added(total: Tensor | None, each) -> Tensor:
 
 
 @_rule(aten.native_layer_norm.default)
+@_with_transforms
 def _layer_norm(operation, results, x, shape, weight, bias, eps):
     (x, x_t), (weight, weight_t), (_, bias_t) = parts(x), parts(weight), parts(bias)
     output, mean, inverse = results
@@ -339,6 +361,7 @@ def _layer_norm(operation, results, x, shape, weight, bias, eps):
 
 
 @_rule(aten.native_layer_norm_backward.default)
+@_with_transforms
 def _layer_norm_backward(operation, results, grad, x, shape, mean, inverse, weight, bias, wanted):
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
     size = torch.Size(shape).numel()
@@ -422,53 +445,116 @@ def _attention_rules(module, name: str, spec_of: Callable) -> None:
     for suffix, inputs in (("", 3), ("_qkvpacked", 1)):
 
         @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}").default)
+        @_with_transforms
         def forward(operation, results, *arguments, inputs=inputs):
             primals, tangents = zip(*map(parts, arguments[: inputs + 1]), strict=True)
-            spec = spec_of(*arguments[inputs + 1 : -1])
+            spec = spec_of(*arguments[inputs + 1 : -1], _backend(primals[0]))
             return Dual(results[0], module.output_tangents(spec, primals, tangents)), results[1]
 
         @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}_backward").default)
+        @_with_transforms
         def backward(operation, results, *arguments, inputs=inputs):
             primals, tangents = zip(*map(parts, arguments[: inputs + 2]), strict=True)
-            spec = spec_of(*(x for x in arguments[inputs + 2 :] if not isinstance(x, Tensor)))
+            options = (x for x in arguments[inputs + 2 :] if not isinstance(x, Tensor))
+            spec = spec_of(*options, _backend(primals[0]))
             gradients = module.gradient_tangents(spec, primals, tangents)
             return tuple(dual(*pair) for pair in zip(results, gradients, strict=True))
 
 
 if _extension.available():
-    _attention_rules(attention, "attention", lambda scale: attention.Spec(scale, "cpu"))
+    _attention_rules(attention, "attention", attention.Spec)
     _attention_rules(
         window_attention,
         "window_attention",
-        lambda size, shift, scale: window_attention.Spec(tuple(size), tuple(shift), scale, "cpu"),
+        lambda size, shift, *rest: window_attention.Spec(tuple(size), tuple(shift), *rest),
     )
 
 
-def _has_kernel(*args, attn_mask=None, scale=None):
+def _backend(x: Tensor) -> str:
+    return "cpu" if x.device.type == "cpu" else "triton"
+
+
+def _has_kernel(dropout_p: float, is_causal: bool, attn_mask: Any) -> bool:
     """Whether PyTorch's fused attention is one of vitfast's: no dropout, not causal, and a mask that is a constant."""
-    *_, dropout_p, is_causal = args
     return _extension.available() and dropout_p == 0 and not is_causal and not isinstance(attn_mask, Dual)
 
 
 def _fused_attention(query: Any, attn_mask: Tensor | None, scale: float | None):
     """The specification, and the mask as a bias."""
-    spec = attention.Spec(query.shape[-1] ** -0.5 if scale is None else scale, "cpu")
+    spec = attention.Spec(query.shape[-1] ** -0.5 if scale is None else scale, _backend(query))
     if attn_mask is None:
         return spec, None
     wide = torch.promote_types(query.dtype, torch.float32)
     return spec, attn_mask.to(wide).expand(*(1,) * (4 - attn_mask.dim()), *attn_mask.shape)
 
 
-@_rule(aten._scaled_dot_product_flash_attention_for_cpu.default, serves=_has_kernel)
-def _scaled_dot_product(operation, results, *args, attn_mask=None, scale=None):
-    spec, bias = _fused_attention(args[0], attn_mask, scale)
-    primals, tangents = zip(*map(parts, (*args[:3], bias)), strict=True)
+def _serves_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+    return _has_kernel(dropout_p, is_causal, attn_mask)
+
+
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu.default, serves=_serves_forward)
+@_with_transforms
+def _scaled_dot_product(operation, results, query, key, value, *options, attn_mask=None, scale=None):
+    spec, bias = _fused_attention(query, attn_mask, scale)
+    primals, tangents = zip(*map(parts, (query, key, value, bias)), strict=True)
     return Dual(results[0], attention.output_tangents(spec, primals, tangents)), results[1]
 
 
-@_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, serves=_has_kernel)
-def _scaled_dot_product_backward(operation, results, *args, attn_mask=None, scale=None):
-    spec, bias = _fused_attention(args[1], attn_mask, scale)
-    primals, tangents = zip(*map(parts, (*args[:4], bias)), strict=True)
+def _serves_backward(grad, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
+    return _has_kernel(dropout_p, is_causal, attn_mask)
+
+
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, serves=_serves_backward)
+@_with_transforms
+def _scaled_dot_product_backward(operation, results, grad, query, key, value, *rest, attn_mask=None, scale=None):
+    spec, bias = _fused_attention(query, attn_mask, scale)
+    primals, tangents = zip(*map(parts, (grad, query, key, value, bias)), strict=True)
     gradients = attention.gradient_tangents(spec, primals, tangents)
-    return tuple(dual(*pair) for pair in zip(results, gradients, strict=False))
+    return tuple(dual(*pair) for pair in zip(results, gradients[:3], strict=True))
+
+
+# ---- what PyTorch cannot differentiate in forward mode ---------------------------------------------------------------
+
+
+def _composite(operation) -> Callable:
+    """Registers the decorated function in the place of an operation."""
+
+    def register(function: Callable) -> Callable:
+        COMPOSITES[operation] = function
+        return function
+
+    return register
+
+
+@_composite(aten.silu_backward.default)
+def _silu_backward(grad, x):
+    gate = x.sigmoid()
+    return grad * gate * (1 + x * (1 - gate))
+
+
+@_composite(aten.mish_backward.default)
+def _mish_backward(grad, x):
+    squashed = F.softplus(x).tanh()
+    return grad * (squashed + x * x.sigmoid() * (1 - squashed * squashed))
+
+
+@_composite(aten.hardsigmoid_backward.default)
+def _hardsigmoid_backward(grad, x):
+    return grad * ((x > -3) & (x < 3)) / 6
+
+
+@_composite(aten.native_dropout_backward.default)
+def _dropout_backward(grad, mask, scale):
+    return grad * mask * scale
+
+
+@_composite(aten.native_group_norm_backward.default)
+def _group_norm_backward(grad, x, mean, inverse, weight, batch, channels, size, groups, wanted):
+    # The statistics are functions of x, and have tangents.
+    normal = (x.reshape(batch, groups, -1) - mean[..., None]) * inverse[..., None]
+    h = grad if weight is None else grad * weight.reshape(-1, *(1,) * (x.dim() - 2))
+    h = h.reshape(batch, groups, -1)
+    x_grad = inverse[..., None] * (h - h.mean(-1, keepdim=True) - normal * (h * normal).mean(-1, keepdim=True))
+    rows, normal = grad.reshape(batch, channels, size), normal.reshape(batch, channels, size)
+    results = (x_grad.reshape(x.shape), (rows * normal).sum((0, 2)), rows.sum((0, 2)))
+    return tuple(result if is_wanted else None for result, is_wanted in zip(results, wanted, strict=True))

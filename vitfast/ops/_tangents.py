@@ -31,21 +31,21 @@ class Rule:
         kernel: (spec, primals, tangents) -> results; tangents and results have K in front, and may have any strides.
         definition: the same for one tangent, without K, in operations of PyTorch.
 
-        backends: which of the values of ``spec.backend`` the kernel serves.
+        serves: (spec, primals) -> whether there is a kernel for them.
 
     A tangent of None is zero. Neither returns None.
     """
 
     kernel: Callable[[Any, Tensors, Tensors], tuple[Tensor, ...]]
     definition: Callable[[Any, Tensors, Tensors], tuple[Tensor, ...]]
-    backends: tuple[str, ...] = ("cpu",)
+    serves: Callable[[Any, Tensors], bool]
 
 
 def tangents_of(rule: Rule, spec: Any, primals: Tensors, tangents: Tensors) -> tuple[Tensor, ...]:
     """The results along one tangent, or along as many as vmap carries: by the kernel if nothing is to be differentiated
     again."""
     idle = all(tangent is None for tangent in tangents)
-    if idle or spec.backend not in rule.backends or _is_differentiated((*primals, *tangents)):
+    if idle or not rule.serves(spec, primals) or _is_differentiated((*primals, *tangents)):
         return rule.definition(spec, primals, tangents)
     stacked = (None if tangent is None else tangent.unsqueeze(0) for tangent in tangents)
     return tuple(result.squeeze(0) for result in Batch.apply(rule, spec, len(primals), *primals, *stacked))
@@ -53,7 +53,7 @@ def tangents_of(rule: Rule, spec: Any, primals: Tensors, tangents: Tensors) -> t
 
 def compute(rule: Rule, spec: Any, primals: Tensors, tangents: Tensors) -> tuple[Tensor, ...]:
     """The results along K tangents, which have K in front, and are no part of a transform."""
-    if primals[-1].device.type == "cpu":
+    if rule.serves(spec, primals):
         return rule.kernel(spec, primals, tangents)
 
     def of_one(*tangents):
@@ -71,6 +71,23 @@ def _is_differentiated(tensors: Tensors) -> bool:
     if levels and levels[-1] == TransformType.Jvp and not torch._C._is_fwd_grad_enabled():
         levels.pop()  # the transform that asks for these tangents
     return any(level != TransformType.Vmap for level in levels)
+
+
+# Vectors beyond so many bytes do not leave a GPU room for the tangents beside them.
+_MOST_BYTES_OF_A_VECTOR = 512
+
+
+def has_kernel(spec: Any, primals: Tensors) -> bool:
+    """Whether an attention's backend has a kernel for tangents; the last dimension of the last primal is the head's."""
+    if spec.backend != "triton":
+        return spec.backend == "cpu"
+    vector = primals[-1]
+    return _power_of_two(vector.shape[-1]) * vector.element_size() <= _MOST_BYTES_OF_A_VECTOR
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not less than n."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def count_of(tangents: Tensors) -> int:

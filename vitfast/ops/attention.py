@@ -48,7 +48,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
-from vitfast.ops._tangents import Rule, compute, count_of, tangents_of
+from vitfast.ops._tangents import Rule, compute, count_of, has_kernel, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "attention"
@@ -101,7 +101,7 @@ def _unpack(qkv: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     if not packed:
         return query, key, value
-    return (torch.stack([t.transpose(1, 2) for t in (query, key, value)], dim=2),)
+    return (torch.stack([t.transpose(-3, -2) for t in (query, key, value)], dim=-3),)
 
 
 def _swapped(qkv: tuple[Tensor, ...], x: Tensor | None) -> Tensor | None:
@@ -294,6 +294,8 @@ def _define_gradients(spec, primals, tangents):
 def _compute_output(spec, primals, tangents):
     (bias, *qkv), (bias_t, *qkv_t) = primals, tangents
     query, key, value = _unpack(qkv)
+    if spec.backend == "triton":
+        return (_swapped(qkv, _triton_tangents(spec, bias, None, qkv, bias_t, None, qkv_t)[0]),)
     count, (batch, heads, tokens, dim) = count_of(tangents), query.shape
     output_t = query.new_empty(count, batch, tokens, heads, dim)
     torch.ops.vitfast.attention_tangents(
@@ -307,16 +309,32 @@ def _compute_output(spec, primals, tangents):
 
 def _compute_gradients(spec, primals, tangents):
     (bias, grad, *qkv), (bias_t, grad_t, *qkv_t) = primals, tangents
+    grad, grad_t = _swapped(qkv, grad), _swapped(qkv, grad_t)
+    if spec.backend == "triton":
+        _, *grads_t, bias_grad_t = _triton_tangents(spec, bias, grad, qkv, bias_t, grad_t, qkv_t)
+        grads_t = _repack(len(qkv) == 1, *grads_t)
+        return grads_t if bias is None else (*grads_t, bias_grad_t.to(bias.dtype))
     count = count_of(tangents)
     grads_t = tuple(t.new_empty(count, *t.shape) for t in qkv)
     bias_grad_t = None if bias is None else bias.new_empty(count, *bias.shape)
     torch.ops.vitfast.attention_tangents(
-        *(*_unpack(qkv), bias, _swapped(qkv, grad)),
-        *(*_unpack(qkv_t), bias_t, _swapped(qkv, grad_t)),
+        *(*_unpack(qkv), bias, grad),
+        *(*_unpack(qkv_t), bias_t, grad_t),
         *(count, spec.scale),
         *(None, *_unpack(grads_t), bias_grad_t),
     )
     return grads_t if bias is None else (*grads_t, bias_grad_t)
+
+
+def _triton_tangents(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tensor | None, ...]:
+    """The tangents of the output, or if there is a gradient of it those of all gradients; the others are None."""
+    from vitfast.kernels import attention_tangents as kernels
+
+    return kernels.tangents(
+        *(*_unpack(qkv), bias, grad, grad_t, *_unpack(qkv_t), bias_t, spec.scale),
+        want_output=grad is None,
+        want_gradients=grad is not None,
+    )
 
 
 def output_tangents(spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
@@ -334,8 +352,8 @@ def gradient_tangents(
     return (*results, None) if primals[-1] is None else results
 
 
-_OUTPUT = Rule(_compute_output, _define_output)
-_GRADIENTS = Rule(_compute_gradients, _define_gradients)
+_OUTPUT = Rule(_compute_output, _define_output, has_kernel)
+_GRADIENTS = Rule(_compute_gradients, _define_gradients, has_kernel)
 
 
 def _heads_dim(qkv: tuple[Tensor, ...]) -> int:

@@ -45,7 +45,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
-from vitfast.ops._tangents import Rule, compute, count_of, tangents_of
+from vitfast.ops._tangents import Rule, compute, count_of, has_kernel, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "window_attention"
@@ -100,7 +100,7 @@ def _unpack(qkv: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return (torch.stack((query, key, value), dim=3),) if packed else (query, key, value)
+    return (torch.stack((query, key, value), dim=-3),) if packed else (query, key, value)
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -274,6 +274,8 @@ def _define_gradients(spec, primals, tangents):
 
 def _compute_output(spec, primals, tangents):
     (bias, *qkv), (bias_t, *qkv_t) = primals, tangents
+    if spec.backend == "triton":
+        return (_triton_tangents(spec, bias, None, qkv, bias_t, None, qkv_t)[0],)
     query, key, value = map(_adjacent, _unpack(qkv))
     count = count_of(tangents)
     output_t = query.new_empty(count, *query.shape)
@@ -288,6 +290,10 @@ def _compute_output(spec, primals, tangents):
 
 def _compute_gradients(spec, primals, tangents):
     (bias, grad, *qkv), (bias_t, grad_t, *qkv_t) = primals, tangents
+    if spec.backend == "triton":
+        _, *grads_t, bias_grad_t = _triton_tangents(spec, bias, grad, qkv, bias_t, grad_t, qkv_t)
+        grads_t = _repack(len(qkv) == 1, *grads_t)
+        return grads_t if bias is None else (*grads_t, bias_grad_t.to(bias.dtype))
     count = count_of(tangents)
     grads_t = tuple(t.new_empty(count, *t.shape) for t in qkv)
     bias_grad_t = None if bias is None else bias.new_empty(count, *bias.shape)
@@ -305,6 +311,17 @@ def _adjacent(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
+def _triton_tangents(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tensor | None, ...]:
+    """The tangents of the output, or if there is a gradient of it those of all gradients; the others are None."""
+    from vitfast.kernels import window_attention_tangents as kernels
+
+    return kernels.tangents(
+        *(*_unpack(qkv), bias, grad, grad_t, *_unpack(qkv_t), bias_t, spec.window_size, spec.shift, spec.scale),
+        want_output=grad is None,
+        want_gradients=grad is not None,
+    )
+
+
 def output_tangents(spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
     """Of the output, with K in front like ``tangents``; both are (*qkv, bias)."""
     ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
@@ -320,8 +337,8 @@ def gradient_tangents(
     return (*results, None) if primals[-1] is None else results
 
 
-_OUTPUT = Rule(_compute_output, _define_output)
-_GRADIENTS = Rule(_compute_gradients, _define_gradients)
+_OUTPUT = Rule(_compute_output, _define_output, has_kernel)
+_GRADIENTS = Rule(_compute_gradients, _define_gradients, has_kernel)
 
 
 def _heads(x: Tensor, dim: int | None) -> int:

@@ -1,0 +1,335 @@
+"""Gradients with K tangents: against `jvp` of `grad`, vector by vector, for every rule and for what has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hessian_cases import Normalised, Perceptron, alternet, loss_of, made, resnet, swin, vit
+from torch import nn
+from torch.func import functional_call, grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+from vitfast.hessian import HessianOperator, hvp
+from vitfast.hessian import memory as hessian_memory
+from vitfast.hessian.dual import Primals, Unsupported, gradient_tangents
+
+
+class Layers(nn.Module):
+    """Any layers between linear ones, on tokens (batch, 6, 8)."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.first, self.layers, self.last = nn.Linear(5, 48), nn.Sequential(*layers), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.last(self.layers(self.first(x).unflatten(1, (6, 8))).flatten(1))
+
+
+class Images(nn.Module):
+    """Any layers between convolutions, on maps (batch, 4, 6, 6)."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.first, self.layers, self.last = nn.Linear(5, 144), nn.Sequential(*layers), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.last(self.layers(self.first(x).unflatten(1, (4, 6, 6))).flatten(1))
+
+
+class Function(nn.Module):
+    """A function as a layer, with a parameter that it may use."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+def in_place(x, weight):
+    y = x * weight
+    y += x
+    y.mul_(2)
+    return F.silu(y, inplace=True)
+
+
+def moved(x, weight):
+    parts = [*x.unbind(1)[:2], *(piece.squeeze(1) for piece in x.split(1, 1))]
+    joined = torch.cat([torch.stack(parts, 1), weight.expand(len(x), 1, -1), torch.ones(len(x), 1, 8).to(x)], dim=1)
+    return joined.transpose(1, 2)[:, 1:, ::2].permute(0, 2, 1) * joined[:, -2:, :7].select(1, 0).unsqueeze(1)
+
+
+def broadcast(x, weight):
+    return (x - weight) / (1 + weight * weight) + x.mean((1, 2), keepdim=True) * x.sum(1, keepdim=True) - 3 * x.mean()
+
+
+def attended(x, weight):
+    heads = (x * weight).unflatten(2, (2, 4)).transpose(1, 2)
+    mask = torch.linspace(-1, 1, 36).to(x).view(6, 6)
+    return F.scaled_dot_product_attention(heads, heads.sin(), heads.cos(), attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def causal(x, weight):
+    return F.scaled_dot_product_attention(x, x * weight, x, dropout_p=0.0)
+
+
+def normalised_over_two(x, weight):
+    return F.layer_norm(x, (6, 8), weight.expand(6, 8), weight.expand(6, 8).sin())
+
+
+def multiplied(x, weight):
+    return torch.bmm(x, x.mT * weight[:6]) @ x + torch.baddbmm(x, x @ x.mT, x, beta=0.5)
+
+
+def stopped(x, weight):
+    return x * (x * weight).detach() + x
+
+
+def filled(x, weight):
+    noise = torch.zeros_like(x)
+    noise += 0.5
+    return x * noise * weight
+
+
+def chosen(x, weight):
+    return torch.where(x > 0, x, x * weight)[:, [0, 2, 1]] * x.amax(1, keepdim=True)
+
+
+LAYERS = {
+    "gelu": lambda: Layers(nn.GELU()),
+    "gelu by tanh": lambda: Layers(nn.GELU(approximate="tanh")),
+    "silu": lambda: Layers(nn.SiLU()),
+    "mish": lambda: Layers(nn.Mish()),
+    "hardswish": lambda: Layers(nn.Hardswish()),
+    "hardsigmoid": lambda: Layers(nn.Hardsigmoid()),
+    "relu": lambda: Images(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.ReLU()),
+    "elu": lambda: Layers(nn.ELU()),
+    "softmax": lambda: Layers(nn.Softmax(-1)),
+    "layer norm": lambda: Layers(
+        nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.LayerNorm(8, elementwise_affine=False)
+    ),
+    "layer norm of two": lambda: Layers(Function(normalised_over_two)),
+    "linear": lambda: Layers(nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 8)),
+    "in place": lambda: Layers(Function(in_place)),
+    "moved": lambda: Layers(Function(moved)),
+    "broadcast": lambda: Layers(Function(broadcast)),
+    "attended": lambda: Layers(Function(attended)),
+    "attended without a mask": lambda: Layers(Function(causal)),
+    "multiplied": lambda: Layers(Function(multiplied)),
+    "stopped": lambda: Layers(Function(stopped)),
+    "filled": lambda: Layers(Function(filled)),
+    "chosen": lambda: Layers(Function(chosen)),
+    "convolution": lambda: Images(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 1, bias=False)),
+    "groups": lambda: Images(nn.Conv2d(4, 8, 3, groups=2, dilation=2), nn.Tanh(), nn.Conv2d(8, 8, 2, groups=8)),
+    "transposed": lambda: Images(nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1), nn.Tanh()),
+    "batch norm": lambda: Images(nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4, affine=False)),
+    "group norm": lambda: Images(nn.GroupNorm(2, 4), nn.Tanh(), nn.GroupNorm(1, 4, affine=False)),
+    "max pool": lambda: Images(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)),
+    "average pool": lambda: Images(nn.AvgPool2d(3, stride=2, padding=1), nn.AdaptiveAvgPool2d(2)),
+}
+
+
+def layers(name):
+    """A model in float64 and evaluation mode, with parameters that all matter, and a batch."""
+    torch.manual_seed(0)
+    model, inputs, targets = LAYERS[name](), torch.randn(4, 5, dtype=torch.float64), torch.randint(3, (4,))
+    model(inputs.float())
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model, inputs, targets
+
+
+def directions(params, count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(count, *p.shape, dtype=p.dtype, generator=generator) for n, p in params.items()}
+
+
+def by_transforms(fn, params, vectors):
+    count = len(next(iter(vectors.values())))
+    each = [jvp(grad(fn), (params,), ({n: v[k] for n, v in vectors.items()},))[1] for k in range(count)]
+    return {n: torch.stack([one[n] for one in each]) for n in params}
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "hardsigmoid"])
+def test_layers(name):
+    fn, params = loss_of(*layers(name))
+    vectors = directions(params, 3)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode in PyTorch
+        expected = by_transforms(fn, params, vectors)
+    assert max(t.abs().max() for t in expected.values()) > 1e-3
+    assert_close(gradient_tangents(fn, params, vectors), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_what_pytorch_cannot_differentiate_twice():
+    fn, params = loss_of(*layers("hardsigmoid"))
+    vectors, step = directions(params, 1), 1e-6
+
+    def gradient_at(sign):
+        return grad(fn)({n: p + sign * step * vectors[n][0] for n, p in params.items()})
+
+    after, before = gradient_at(1), gradient_at(-1)
+    expected = {n: (after[n] - before[n])[None] / (2 * step) for n in params}
+    assert_close(gradient_tangents(fn, params, vectors), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "training"),
+    [(build, side, False) for build, side in ((Perceptron, None), (vit, 8), (swin, 16))]
+    + [
+        (build, side, mode)
+        for build, side in ((Normalised, None), (alternet, 16), (resnet, 16))
+        for mode in (False, True)
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_models(build, side, training):
+    model, inputs, targets = made(build, side=side)
+    model.train(training)
+    for module in model.modules():
+        if hasattr(module, "track_running_stats"):
+            module.track_running_stats = not training
+    fn, params = loss_of(model, inputs, targets)
+    vectors = directions(params, 2)
+    expected = by_transforms(fn, params, vectors)
+    size = max(t.abs().max() for t in expected.values())
+    assert_close(gradient_tangents(fn, params, vectors), expected, rtol=1e-9, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+def test_other_dtypes(dtype, tolerance):
+    model, inputs, targets = layers("layer norm")
+    fn, params = loss_of(model, inputs, targets)
+    vectors = directions(params, 2)
+    exact = by_transforms(fn, params, vectors)
+    fn, params = loss_of(model.to(dtype), inputs.to(dtype), targets)
+    result = gradient_tangents(fn, params, {n: v.to(dtype) for n, v in vectors.items()})
+    size = max(t.norm() for t in exact.values())
+    for name, value in result.items():
+        assert value.dtype == dtype
+        assert (value.double() - exact[name]).norm() <= tolerance * size
+
+
+def test_parameters_that_do_not_matter_have_zeros():
+    used, unused = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    vectors = [torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
+    result = gradient_tangents(lambda p: p[0].pow(3).sum(), [used, unused], vectors)
+    assert_close(result[0], 6 * used * vectors[0])
+    assert not result[1].any()
+    assert not gradient_tangents(lambda p: torch.tensor(1.0), [used], vectors[:1])[0].any()
+    assert not gradient_tangents(lambda p: p[0].sum(), [used], vectors[:1])[0].any()
+
+
+def test_control_flow_may_look_at_values():
+    x = torch.tensor([1.0, -2.0])
+
+    def fn(p):
+        return (p**3).sum() if p.sum() < 0 and p[0].item() > 0 else (p**2).sum()
+
+    assert_close(gradient_tangents(fn, x, torch.eye(2)), torch.diag(6 * x))
+
+
+# ---- what cannot be computed so --------------------------------------------------------------------------------------
+
+
+def overwritten(p):
+    y = p * 1
+    y[0] = 2 * y[1]
+    return y.pow(3).sum()
+
+
+def test_changes_of_views_are_left_to_transforms():
+    x, vectors = torch.randn(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    with pytest.raises(Unsupported, match="in place"):
+        gradient_tangents(overwritten, x, vectors)
+    with pytest.warns(UserWarning, match=r"by transforms of torch.func, which are slower: .* in place"):
+        product = hvp(overwritten, x, vectors)
+    assert_close(product, torch.autograd.functional.hessian(overwritten, x))
+
+
+def test_errors_of_the_function_are_its_own():
+    def broken(p):
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        hvp(broken, torch.randn(3), torch.randn(3))
+
+
+def test_nested_products():
+    """A product inside of a transform is that of the transforms, and differentiable."""
+    x, v = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+
+    def fn(p):
+        return (p**4).sum()
+
+    third = grad(lambda p: hvp(fn, p, v).sum())(x)
+    assert_close(third, 24 * x * v)
+    assert_close(jvp(lambda p: hvp(fn, p, v), (x,), (v,))[1], 24 * x * v * v)
+
+
+# ---- values that are kept --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["in place", "filled", "layer norm", "convolution", "moved", "attended", "stopped"])
+def test_kept_values_give_the_same(name):
+    fn, params = loss_of(*layers(name))
+    primals, kept = Primals(keep=True), []
+    for seed in (1, 2, 3):
+        vectors = directions(params, 2, seed)
+        result = gradient_tangents(fn, params, vectors, primals)
+        kept.append([value for _, value in primals._results])
+        assert_close(result, gradient_tangents(fn, params, vectors), rtol=0, atol=0)
+    assert len(kept[0]) > 10
+    assert all(first is later for first, later in zip(kept[0], kept[2], strict=True))
+
+
+def test_kept_values_of_another_function_are_refused():
+    x, v = torch.randn(3), torch.randn(1, 3)
+    primals = Primals(keep=True)
+    gradient_tangents(lambda p: (p * p).sum(), x, v, primals)
+    with pytest.raises(Unsupported, match="the function is not the same"):
+        gradient_tangents(lambda p: p.sin().neg().sum(), x, v, primals)
+
+
+@pytest.mark.parametrize("keep_primals", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_frozen_dropout_is_the_same_for_all_vectors(keep_primals, chunk):
+    model, inputs, targets = layers("linear")
+    model.layers.append(nn.Dropout(0.5))
+    model.train()
+    options = {"dropout": "frozen", "seed": 3, "chunk": chunk, "keep_primals": keep_primals}
+    operator = HessianOperator(model, F.cross_entropy, [(inputs, targets), (inputs.sin(), targets)], **options)
+    vectors = torch.randn(operator.shape[0], 3, dtype=torch.float64)
+    together = operator @ vectors
+    assert_close(together, torch.stack([operator @ v for v in vectors.T], 1))
+    assert_close(operator @ vectors, together, rtol=0, atol=0)
+    dense = operator.to_dense()
+    assert_close(dense, dense.T)
+
+
+# ---- memory that is kept ---------------------------------------------------------------------------------------------
+
+
+def test_freed_memory_is_kept_while_somebody_asks_for_it():
+    model, inputs, targets = layers("linear")
+    before = hessian_memory._holders
+    operator = HessianOperator(model, F.cross_entropy, [(inputs, targets)])
+    assert hessian_memory._holders == before + 1
+    fn, params = loss_of(model, inputs, targets)
+    hvp(fn, params, torch.randn(operator.shape[0], dtype=torch.float64))
+    assert hessian_memory._holders == before + 1
+    del operator
+    assert hessian_memory._holders == before
+
+
+def test_product_of_a_functional_call_in_any_form():
+    model, inputs, targets = layers("gelu")
+    fn, params = loss_of(model, inputs, targets)
+    tree = {n: v[0] for n, v in directions(params, 1).items()}
+    product = hvp(fn, params, tree)
+    assert set(product) == set(params)
+    assert functional_call(model, product, (inputs,)).shape == (4, 3)

@@ -1,0 +1,154 @@
+"""The kernels for tangents of layer normalisation and GELU, against the formulas of `vitfast.reference`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close_to_reference
+
+from vitfast import reference
+from vitfast.ops.layers import (
+    Products,
+    gelu_backward_tangents,
+    gelu_tangents,
+    layer_norm_backward_tangents,
+    layer_norm_tangents,
+)
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+K, ROWS = 3, 70
+
+
+def tensors(*shapes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def layer_norm_case(channels, dtype, weighted=True):
+    x, grad, x_t, grad_t, weight, weight_t, bias_t = tensors(
+        *((ROWS, channels), (ROWS, channels), (K, ROWS, channels), (K, ROWS, channels)),
+        *((channels,), (K, channels), (K, channels)),
+        dtype=dtype,
+    )
+    mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+    primals = (x, mean, (variance + 1e-5).rsqrt(), weight if weighted else None)
+    return primals, grad, grad_t, x_t, weight_t if weighted else None, bias_t if weighted else None
+
+
+def check(results, definition, tangents, primals):
+    """Of all tangents, against the definition of each in the same dtype and in float64."""
+
+    def defined(widen):
+        wide = [None if t is None else widen(t) for t in tangents]
+        given = [None if p is None else widen(p) for p in primals]
+        each = [definition(*given, *(None if t is None else t[k] for t in wide)) for k in range(K)]
+        each = [one if isinstance(one, tuple) else (one,) for one in each]
+        return [torch.stack(results) for results in zip(*each, strict=True)]
+
+    results = results if isinstance(results, tuple) else (results,)
+    for i, (result, plain, exact) in enumerate(
+        zip(results, defined(lambda t: t), defined(torch.Tensor.double), strict=True)
+    ):
+        if result.dtype == torch.float64:
+            torch.testing.assert_close(result, plain, rtol=1e-11, atol=1e-12)
+        else:
+            assert_close_to_reference(result, plain, exact, name=f"result {i}")
+
+
+@dtypes
+@pytest.mark.parametrize("channels", [1, 2, 7, 8, 15, 16, 17, 31, 32, 48, 100, 192])
+def test_layer_norm(channels, dtype, instruction_set):
+    primals, grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(channels, dtype)
+    output = (x_t, weight_t, bias_t)
+    check(layer_norm_tangents(*primals, *output), reference.layer_norm_tangent, output, primals)
+    gradients = (grad_t, x_t, weight_t)
+    results = layer_norm_backward_tangents(grad, *primals, *gradients)
+    check(results, reference.layer_norm_backward_tangent, gradients, (grad, *primals))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("absent", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_absent_tangents_of_layer_norm(absent, weighted):
+    primals, grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(20, torch.float64, weighted)
+    output = [None if i in absent else t for i, t in enumerate((x_t, weight_t, bias_t))]
+    if any(t is not None for t in output):
+        check(layer_norm_tangents(*primals, *output), reference.layer_norm_tangent, output, primals)
+    gradients = [None if i in absent else t for i, t in enumerate((grad_t, x_t, weight_t))]
+    if any(t is not None for t in gradients):
+        results = layer_norm_backward_tangents(grad, *primals, *gradients)
+        check(results, reference.layer_norm_backward_tangent, gradients, (grad, *primals))
+
+
+def test_reference_of_layer_norm_is_its_derivative():
+    """The formulas themselves, against PyTorch's forward mode of its own layer normalisation and of its backward."""
+    (x, mean, inverse, weight), grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(9, torch.float64)
+
+    def output(x, weight, bias):
+        return torch.nn.functional.layer_norm(x, (9,), weight, bias)
+
+    def gradients(grad, x, weight):
+        return torch.func.vjp(output, x, weight, torch.zeros(9, dtype=torch.float64))[1](grad)
+
+    bias = torch.zeros_like(weight)
+    expected = torch.func.jvp(output, (x, weight, bias), (x_t[0], weight_t[0], bias_t[0]))[1]
+    found = reference.layer_norm_tangent(x, mean, inverse, weight, x_t[0], weight_t[0], bias_t[0])
+    torch.testing.assert_close(found, expected)
+    expected = torch.func.jvp(gradients, (grad, x, weight), (grad_t[0], x_t[0], weight_t[0]))[1]
+    found = reference.layer_norm_backward_tangent(grad, x, mean, inverse, weight, grad_t[0], x_t[0], weight_t[0])
+    torch.testing.assert_close(found, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 5, 16, 33, 1024, 1025, 5000])
+def test_gelu(size, dtype, instruction_set):
+    x, grad, x_t, grad_t = tensors((size,), (size,), (K, size), (K, size), dtype=dtype)
+    x[1::4] *= 5
+    check(gelu_tangents(x, x_t), reference.gelu_tangent, (x_t,), (x,))
+    for tangents in ((grad_t, x_t), (grad_t, None), (None, x_t)):
+        results = gelu_backward_tangents(grad, x, *tangents)
+        check(results, reference.gelu_backward_tangent, tangents, (grad, x))
+
+
+def test_reference_of_gelu_is_its_derivative():
+    x, grad, x_t, grad_t = tensors((9,), (9,), (9,), (9,), dtype=torch.float64)
+
+    def gradient(grad, x):
+        return torch.func.vjp(torch.nn.functional.gelu, x)[1](grad)[0]
+
+    expected = torch.func.jvp(torch.nn.functional.gelu, (x,), (x_t,))[1]
+    torch.testing.assert_close(reference.gelu_tangent(x, x_t), expected)
+    expected = torch.func.jvp(gradient, (grad, x), (grad_t, x_t))[1]
+    torch.testing.assert_close(reference.gelu_backward_tangent(grad, x, grad_t, x_t), expected)
+
+
+def test_same_bits_with_any_number_of_threads(threads):
+    primals, grad, grad_t, x_t, weight_t, _ = layer_norm_case(48, torch.float32)
+    threads(1)
+    first = layer_norm_backward_tangents(grad, *primals, grad_t, x_t, weight_t)
+    for count in (2, 3):
+        threads(count)
+        for result, before in zip(
+            layer_norm_backward_tangents(grad, *primals, grad_t, x_t, weight_t), first, strict=True
+        ):
+            assert torch.equal(result, before)
+
+
+def test_lower_precision_is_left_to_the_formulas():
+    primals, grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(16, torch.bfloat16)
+    assert layer_norm_tangents(*primals, x_t, weight_t, bias_t).dtype == torch.bfloat16
+    assert gelu_backward_tangents(grad, primals[0], grad_t, x_t).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_of_products(order, begun, transposed):
+    a, b, a_t, b_t, start = tensors((7, 5), (5, 4), (K, 7, 5), (K, 5, 4), (K, 1, 4), dtype=torch.float64)
+    if transposed:
+        a_t, b_t = (t.mT.contiguous().mT for t in (a_t, b_t))
+    total = Products(K, 7, 4)
+    total.begin(start if begun else None)
+    for i in order:
+        total.add(*((a_t, b), (a, b_t))[i])
+    expected = a_t @ b + a @ b_t
+    torch.testing.assert_close(total.total, expected + start if begun else expected)
