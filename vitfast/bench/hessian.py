@@ -1,15 +1,16 @@
 """Benchmark cases of Hessian-vector products of whole models, on images of 32 x 32 pixels, a batch of 16.
 
-Phases: ``gradient``, for scale; ``products_1`` and ``products_8``, so many products at once with nothing kept between
-calls.
+Phases: ``gradient``, for scale; ``products_1`` and ``products_8``, so many products at once with no values kept between
+calls; ``kept_1`` and ``kept_8``, with what depends on no vector kept from the call before.
 
-Peers, all on the same model in plain PyTorch: ``kept_graph``, the gradient of <gradient, vector> on a graph that is
-made once and kept, vector by vector, as PyHessian does it; ``double_backward``, the same with the graph made in every
-call; ``func``, `vmap(jvp(grad))` of PyTorch's own operations; ``curvlinops``, the operator of that package, if it is
-installed.
+Ours is a `HessianOperator`. Peers, all on the same model in plain PyTorch: ``kept_graph``, the gradient of the product
+of gradient and vector on a graph that is made once and kept, vector by vector, as PyHessian does it;
+``double_backward``, the same with the graph made in every call; ``func``, `vmap(jvp(grad))` of PyTorch's own
+operations; ``curvlinops``, the operator of that package, if it is installed.
 
 Counted work: of the gradient what `torch.utils.flop_counter` counts, and of a product twice that, once more for the
-primal work of a call. The bytes are those of parameters and vectors, read once, and products, written once.
+primal work of a call that keeps nothing. The bytes are those of parameters and vectors, read once, and products,
+written once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitfast.bench.case import OURS, Case, Run, Variant, Workload
-from vitfast.hessian import hvp
+from vitfast.hessian import HessianOperator
 from vitfast.hessian.layout import Layout
 from vitfast.models import create_model
 from vitfast.ops.backend import backend
@@ -41,7 +42,14 @@ _MODELS = {
     "alternet_18": {"name": "alternet_18", "stem": False, "window_size": 4},
     "resnet_18": {"name": "resnet_18", "stem": False},
 }
-_PHASES = {"gradient": 0, "products_1": 1, "products_8": 8}
+# Vectors, and whether values may be kept.
+_PHASES = {
+    "gradient": (0, False),
+    "products_1": (1, False),
+    "products_8": (8, False),
+    "kept_1": (1, True),
+    "kept_8": (8, True),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class _Problem:
         return _Problem(model, self.images.to(dtype), self.labels, self.vectors.to(dtype))
 
 
-def make_workload(options: dict, products: int, device: torch.device, dtype: torch.dtype) -> Workload:
+def make_workload(options: dict, products: int, keep: bool, device: torch.device, dtype: torch.dtype) -> Workload:
     """The gradient, or so many products at once, of a model with random weights in evaluation mode."""
     torch.manual_seed(0)
     model = create_model(num_classes=_CLASSES, **options).to(device, dtype).eval()
@@ -79,22 +87,20 @@ def make_workload(options: dict, products: int, device: torch.device, dtype: tor
     if products == 0:
         runs = {OURS: _gradient(problem), _PLAIN: _in_plain_pytorch(_gradient(problem))}
     else:
-        runs = {
-            OURS: _ours(problem),
-            _PLAIN: _kept_graph(problem),
-            "double_backward": _in_plain_pytorch(_double_backward(problem)),
-            "func": _in_plain_pytorch(_ours(problem)),
-            "curvlinops": _in_plain_pytorch(_curvlinops(problem)),
-        }
+        runs = {OURS: _ours(problem, keep), _PLAIN: _kept_graph(problem)}
+        if not keep:
+            runs["double_backward"] = _in_plain_pytorch(_double_backward(problem))
+            runs["func"] = _in_plain_pytorch(_transforms(problem))
+            runs["curvlinops"] = _in_plain_pytorch(_curvlinops(problem))
     nbytes = size * vectors.element_size()
     return Workload(
         variants=tuple(Variant(name, run) for name, run in runs.items()),
         plain=_PLAIN,
         expected=lambda: _exact(problem, products),
-        flops=flops * (1 + 2 * products),
+        flops=flops * (2 * products + (0 if keep else 1)),
         bytes=nbytes * (2 + 2 * products),
         intermediate_bytes=None,
-        details={**options, "parameters": size, "batch": _BATCH, "vectors": products},
+        details={**options, "parameters": size, "batch": _BATCH, "vectors": products, "keeps_values": keep},
     )
 
 
@@ -106,9 +112,31 @@ def _gradient(problem: _Problem) -> Run:
     return run
 
 
-def _ours(problem: _Problem) -> Run:
-    params, count = problem.parameters(), problem.vectors.shape[1]
-    return lambda: (hvp(problem.loss, params, problem.vectors, chunk=count),)
+def _ours(problem: _Problem, keep: bool) -> Run:
+    """The operator is made once, as peers' graphs and operators are."""
+
+    def run():
+        if not made:
+            data, count = [(problem.images, problem.labels)], problem.vectors.shape[1]
+            made.append(HessianOperator(problem.model, F.cross_entropy, data, chunk=count, keep_primals=keep))
+        return (made[0] @ problem.vectors,)
+
+    made: list[HessianOperator] = []
+    return run
+
+
+def _transforms(problem: _Problem) -> Run:
+    params = problem.parameters()
+    layout = Layout.of(params)
+
+    def product(vector):
+        return jvp(grad(problem.loss), (params,), (vector,))[1]
+
+    def run():
+        rows = layout.unflatten_rows(problem.vectors.T.contiguous())
+        return (layout.flatten_rows(vmap(product)(rows)).T,)
+
+    return run
 
 
 def _kept_graph(problem: _Problem) -> Run:
@@ -163,19 +191,21 @@ def _in_plain_pytorch(run: Run) -> Run:
 
 def _exact(problem: _Problem, products: int) -> tuple[Tensor, ...]:
     exact = problem.to(torch.float64)
-    return _in_plain_pytorch(_ours(exact) if products else _gradient(exact))()
+    return _in_plain_pytorch(_transforms(exact) if products else _gradient(exact))()
 
 
 def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _case(label: str, options: dict, phase: str, products: int) -> Case:
-    names = (OURS, _PLAIN) if products == 0 else (OURS, _PLAIN, "double_backward", "func", "curvlinops")
-    make = partial(make_workload, options, products)
+def _case(label: str, options: dict, phase: str, products: int, keep: bool) -> Case:
+    names = (OURS, _PLAIN)
+    if products > 0 and not keep:
+        names += ("double_backward", "func", "curvlinops")
+    make = partial(make_workload, options, products, keep)
     return Case("hessian", label, phase, f"hessian_{phase}", names, make, compiles=False)
 
 
 CASES = tuple(
-    _case(label, options, phase, products) for label, options in _MODELS.items() for phase, products in _PHASES.items()
+    _case(label, options, phase, *way) for label, options in _MODELS.items() for phase, way in _PHASES.items()
 )

@@ -1,0 +1,193 @@
+"""How long Hessian eigenvalues take, and how the cost of products grows: `python benchmarks/hessian_study.py`.
+
+Solvers, on a small ViT that was trained on scikit-learn's digits: the five eigenvalues of largest magnitude to a
+relative residual |Hv - lambda v| / |lambda| of 1e-3, by block Lanczos (`vitfast.hessian.top_eigenvalues`), by
+`scipy.sparse.linalg.eigsh` on curvlinops' operator, and by PyHessian, whose power iteration stops by the change of the
+eigenvalue: with its default, and as far as it gets within a number of steps. Residuals are measured afterwards, in
+float64 sums, with the same operator for all.
+
+Growth: seconds of a product while the number of vectors, tokens, layers or batches doubles, beside what theory says,
+the growth of the counted operations.
+
+Machine and versions go into the JSON beside every figure. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitfast
+from vitfast import hessian, train
+from vitfast.bench.environment import machine, versions
+
+TOP, TOLERANCE = 5, 1e-3
+
+
+def trained_vit() -> tuple[nn.Module, Tensor, Tensor, float]:
+    """A model, 64 images and labels, and its accuracy on held-out images."""
+    torch.manual_seed(0)
+    data = train.load("digits", image_size=32, max_train=1000)
+    shape = {"image_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3, "in_channels": 1}
+    model = vitfast.create_model("vit_ti", num_classes=10, **shape)
+    log = train.train(model, data, train.Recipe(epochs=6))[-1]
+    images = data.normalize(data.train.images[:64])
+    return model.eval(), images, data.train.labels[:64], log.held_out_accuracy
+
+
+def solvers() -> list[dict]:
+    """One record for each solver."""
+    model, images, labels, accuracy = trained_vit()
+    data = [(images, labels)]
+    judge = hessian.HessianOperator(model, F.cross_entropy, data)
+
+    def record(name: str, solve: Callable[[], tuple[Tensor, Tensor, int]]) -> dict:
+        start = time.perf_counter()
+        values, vectors, products = solve()
+        seconds = time.perf_counter() - start
+        order = values.abs().argsort(descending=True)
+        values, vectors = values[order], vectors[:, order]
+        residuals = ((judge @ vectors).double() - vectors.double() * values.double()).norm(
+            dim=0
+        ) / values.double().abs()
+        result = {
+            "solver": name,
+            "seconds": seconds,
+            "products": products,
+            "eigenvalues": values.tolist(),
+            "largest_relative_residual": residuals.max().item(),
+            "held_out_accuracy": accuracy,
+        }
+        print(f"{name:36} {seconds:7.1f} s {products:5} products, residual {residuals.max():.1e}", flush=True)
+        return result
+
+    records = []
+    for keep in (False, True):
+        for block in (1, 2, 4):
+            operator = hessian.HessianOperator(model, F.cross_entropy, data, keep_primals=keep)
+
+            def lanczos(operator=operator, block=block):
+                pairs = hessian.top_eigenvalues(operator, TOP, "LM", TOLERANCE, block_size=block)
+                return pairs.values, pairs.vectors, pairs.products
+
+            kept = ", values kept" if keep else ""
+            records.append(record(f"vitfast, blocks of {block}{kept}", lanczos))
+    records += [record(name, solve) for name, solve in _peers(model, images, labels)]
+    return records
+
+
+def _peers(model: nn.Module, images: Tensor, labels: Tensor):
+    from curvlinops import HessianLinearOperator
+    from pyhessian import hessian as pyhessian
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    def scipys():
+        parameters = list(model.parameters())
+        operator = HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), parameters, [(images, labels)], check_deterministic=False
+        ).to_scipy()
+        count = 0
+
+        def matvec(vector):
+            nonlocal count
+            count += 1
+            return operator.matvec(vector)
+
+        counted = LinearOperator(operator.shape, matvec, dtype=operator.dtype)
+        with vitfast.backend("reference"):
+            values, vectors = eigsh(counted, TOP, which="LM", tol=TOLERANCE)
+        return torch.from_numpy(values.copy()), torch.from_numpy(vectors.copy()), count
+
+    def power_iteration(steps: int, tol: float):
+        def solve():
+            with vitfast.backend("reference"):
+                found = pyhessian(model, nn.CrossEntropyLoss(), data=(images, labels), cuda=False)
+                count = 0
+                grad = torch.autograd.grad
+
+                def counted(*args, **kwargs):
+                    nonlocal count
+                    count += 1
+                    return grad(*args, **kwargs)
+
+                torch.autograd.grad = counted
+                try:
+                    values, vectors = found.eigenvalues(maxIter=steps, tol=tol, top_n=TOP)
+                finally:
+                    torch.autograd.grad = grad
+            flat = torch.stack([torch.cat([part.flatten() for part in vector]) for vector in vectors], 1)
+            return torch.tensor(values), flat, count
+
+        return solve
+
+    yield "curvlinops and scipy's eigsh", scipys
+    yield "PyHessian, its own stop", power_iteration(100, 1e-3)
+    yield "PyHessian, at most 400 steps", power_iteration(400, 1e-6)
+
+
+def growth() -> list[dict]:
+    """One record for each size: seconds of a product of K vectors, the median of 3."""
+    base = {"vectors": 2, "patch_size": 4, "depth": 3, "batches": 1, "embed_dim": 96}
+    series = {
+        "vectors": [{"vectors": k} for k in (1, 2, 4, 8, 16)],
+        "tokens": [{"patch_size": p} for p in (8, 4, 2)],
+        "layers": [{"depth": d} for d in (1, 2, 4, 8)],
+        "width": [{"embed_dim": d} for d in (48, 96, 192, 384)],
+        "batches": [{"batches": b} for b in (1, 2, 4)],
+    }
+    records = []
+    for name, sizes in series.items():
+        before = None
+        for size in sizes:
+            result = {"series": name, **base, **size, **_seconds_of_product(**(base | size))}
+            if before is not None:
+                result["grows"] = result["seconds"] / before["seconds"]
+                result["operations_grow"] = result["operations"] / before["operations"]
+            print(json.dumps(result), flush=True)
+            records.append(result)
+            before = result
+    return records
+
+
+def _seconds_of_product(vectors: int, patch_size: int, depth: int, batches: int, embed_dim: int) -> dict:
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "patch_size": patch_size, "depth": depth, "embed_dim": embed_dim, "num_heads": 3}
+    model = vitfast.create_model("vit_ti", num_classes=10, **shape).eval()
+    data = [(torch.randn(16, 3, 32, 32), torch.randint(10, (16,))) for _ in range(batches)]
+    operator = hessian.HessianOperator(model, F.cross_entropy, data, chunk=vectors)
+    directions = torch.randn(operator.shape[0], vectors)
+    with FlopCounterMode(display=False) as counter, vitfast.backend("reference"):
+        F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        operator @ directions
+        times.append(time.perf_counter() - start)
+    operations = counter.get_total_flops() * (1 + 2 * vectors) * batches
+    return {"seconds": statistics.median(times[1:]), "operations": operations, "parameters": operator.shape[0]}
+
+
+def main() -> None:
+    """Runs what is asked for and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("solvers", "growth"))
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "cpu_hessian_study.json")
+    arguments = parser.parse_args()
+    results: dict = {"machine": machine(torch.device("cpu")), "versions": versions()}
+    for name, run in (("solvers", solvers), ("growth", growth)):
+        if arguments.only in (None, name):
+            results[name] = run()
+    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
