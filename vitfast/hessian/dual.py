@@ -13,12 +13,13 @@ A tensor without tangents is a plain one: constants cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, ValuesView
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.func import jvp
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -41,6 +42,7 @@ class Dual(Tensor):
         primal: the values.
         tangents: (K, *shape).
         is_shared: whether a view of the same memory exists, so that a change in place would have to be seen elsewhere.
+        run: the primal results of the run that it is part of.
     """
 
     @staticmethod
@@ -50,15 +52,18 @@ class Dual(Tensor):
         )
 
     def __init__(self, primal: Tensor, tangents: Tensor):
-        self.primal, self.tangents, self.is_shared = primal, tangents, False
+        self.primal, self.tangents = primal, tangents.to(primal.dtype)
+        self.is_shared, self.run = False, None
 
     def __repr__(self) -> str:
         return f"Dual({self.primal}, tangents={self.tangents})"
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in _STOPS:  # autograd detaches what it saves, too, but that comes to __torch_dispatch__ alone
-            return args[0].primal.detach()
+        # Autograd detaches what it saves, too, but that comes to __torch_dispatch__ alone; and in the forward of a
+        # Function, where forward mode is off, what is detached is still a value of the function.
+        if function in _STOPS and torch._C._is_fwd_grad_enabled():
+            return args[0].run.handed_out(args[0].primal)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -72,10 +77,23 @@ class Dual(Tensor):
             return _take_over(args[0], cls.__torch_dispatch__(plain, types, args, kwargs), operation)
         if operation in COMPOSITES:
             return COMPOSITES[operation](*args, **kwargs)
+        run = _run_of((args, kwargs.values()))
         rule, serves = RULES.get(operation, (None, None))
         if rule is None or (serves is not None and not serves(*args, **kwargs)):
-            return by_transforms(operation, *args, **kwargs)
-        return rule(operation, _primals.of(operation, args, kwargs), *args, **kwargs)
+            results = by_transforms(operation, *args, **kwargs)
+        else:
+            results = rule(operation, run.of(operation, args, kwargs), *args, **kwargs)
+        is_view = _returns_views(operation)
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, Tensor) and result.is_complex():
+                raise Unsupported(f"{operation} returns complex numbers")
+            if isinstance(result, Dual):
+                result.run, result.is_shared = run, is_view
+        if is_view:
+            for arg in args:
+                if isinstance(arg, Dual):
+                    arg.is_shared = True
+        return results
 
 
 _STOPS = {Tensor.detach, torch.detach, Tensor.data.__get__}
@@ -83,6 +101,9 @@ _STOPS = {Tensor.detach, torch.detach, Tensor.data.__get__}
 RULES: dict[Any, tuple[Callable, Callable[..., bool] | None]] = {}
 """Operations of the dispatcher -> (operation, its primal result, *arguments) -> its result with tangents; and which
 arguments this serves, None for all."""
+
+STATISTICS: set[Any] = set()
+"""Operations some of whose results have no tangents, and need none."""
 
 COMPOSITES: dict[Any, Callable] = {}
 """Operations that PyTorch cannot differentiate in forward mode -> the same, of operations that it can."""
@@ -100,6 +121,10 @@ class Primals:
     def __init__(self, keep: bool):
         self._keep, self._results, self._next = keep, [], 0
 
+    def handed_out(self, primal: Tensor) -> Tensor:
+        """Values that somebody gets to do with as he likes."""
+        return primal.clone() if self._keep else primal.detach()
+
     def rewind(self) -> None:
         """To the first operation."""
         self._next = 0
@@ -107,18 +132,41 @@ class Primals:
     def of(self, operation, args, kwargs):
         """The result of the operation that is next."""
         if self._next < len(self._results):
-            kept, result = self._results[self._next]
+            kept, result, versions = self._results[self._next]
             if kept is not operation:
                 raise Unsupported(f"{operation} runs where {kept} ran before: the function is not the same")
+            if versions != _versions(result):
+                raise Unsupported(f"the result of {operation}, which is kept, was changed in place")
         else:
             result = operation(*map(_primal, args), **kwargs)
             if self._keep:
-                self._results.append((operation, result))
+                self._results.append((operation, result, _versions(result)))
         self._next += 1
         return result
 
 
-_primals = Primals(keep=False)
+def _versions(results: Any) -> list[int]:
+    """How often each tensor has been changed."""
+    return [
+        r._version for r in (results if isinstance(results, (tuple, list)) else (results,)) if isinstance(r, Tensor)
+    ]
+
+
+@functools.cache
+def _returns_views(operation) -> bool:
+    """Whether a result may share memory with an argument."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
+
+
+def _run_of(args) -> Primals | None:
+    """Of the first tensor with tangents, which may be in a list."""
+    for arg in args:
+        run = arg.run if isinstance(arg, Dual) else None
+        if isinstance(arg, (tuple, list, ValuesView)):
+            run = _run_of(arg)
+        if run is not None:
+            return run
+    return None
 
 
 def _primal(x: Any) -> Any:
@@ -138,10 +186,11 @@ def _not_in_place(operation):
 
 def _take_over(x: Any, result: Dual, operation) -> Dual:
     """x with the values of a result, as if it had been changed in place: if no view would have to see it."""
-    if not isinstance(x, Dual) or x.is_shared or result.shape != x.shape or result.dtype != x.dtype:
-        raise Unsupported(
-            f"{operation} changes a tensor in place that has views, no tangents, or another shape or dtype"
-        )
+    if not isinstance(x, Dual) or x.is_shared:
+        raise Unsupported(f"{operation} changes a tensor in place that has views, or no tangents")
+    alike = result.shape == x.shape and result.dtype == x.dtype and result.stride() == x.stride()
+    if not isinstance(result, Dual) or not alike:
+        raise Unsupported(f"{operation} changes a tensor in place to another layout")
     x.primal, x.tangents = result.primal, result.tangents
     return x
 
@@ -175,6 +224,9 @@ def by_transforms(operation, *args, **kwargs):
         floating = [r for r in results if _is_floating(r)]
         if not floating:
             raise _WithoutTangents
+        have_tangents = [unpack_dual(r).tangent is not None for r in floating]
+        if any(have_tangents) and not all(have_tangents) and operation not in STATISTICS:
+            raise Unsupported(f"{operation} returns values without tangents, which its derivative may need")
         return floating, [r for r in results if _is_other_tensor(r)]
 
     primals = tuple(d.primal for d in duals)
@@ -194,6 +246,8 @@ def by_transforms(operation, *args, **kwargs):
 
 
 def _is_floating(x: Any) -> bool:
+    if isinstance(x, Tensor) and x.is_complex():
+        raise Unsupported("complex numbers have no tangents here")
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
@@ -218,8 +272,12 @@ def gradient_tangents(fn: Callable[[Any], Tensor], params: Any, vectors: Any, pr
     """
     leaves, tree = tree_flatten(params)
     tangents = tree_flatten(vectors)[0]
-    with torch.enable_grad(), _using(primals or Primals(keep=False)):
+    primals = primals or Primals(keep=False)
+    primals.rewind()
+    with torch.enable_grad():
         duals = [Dual(p.detach(), t).requires_grad_() for p, t in zip(leaves, tangents, strict=True)]
+        for leaf in duals:
+            leaf.run = primals
         value = fn(tree_unflatten(duals, tree))
         if not value.requires_grad:
             return tree_map(torch.zeros_like, vectors)
@@ -228,14 +286,3 @@ def gradient_tangents(fn: Callable[[Any], Tensor], params: Any, vectors: Any, pr
     return tree_unflatten(
         [torch.zeros_like(t) if r is None else r for r, t in zip(results, tangents, strict=True)], tree
     )
-
-
-@contextmanager
-def _using(primals: Primals) -> Iterator[None]:
-    global _primals
-    before, _primals = _primals, primals
-    primals.rewind()
-    try:
-        yield
-    finally:
-        _primals = before

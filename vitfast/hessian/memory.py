@@ -68,7 +68,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of malloc.h
 _LARGEST_MMAP_THRESHOLD, _DEFAULT_MMAP_MAX = 32 << 20, 65536
 
 _libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection of garbage inside of it may release
 _holders = 0
 
 

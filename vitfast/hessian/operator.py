@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from vitfast.hessian.dual import Primals
@@ -51,7 +51,8 @@ class HessianOperator:
         chunk: vectors at a time; None for as many as the free memory allows.
         keep_primals: keeps all values that lead to the gradient of every batch, so that later products compute tangents
             only: for single vectors a third faster, for the memory of all these values. They are made anew when
-            parameters have changed. With "hessian" only.
+            parameters, buffers or modes have changed, as far as PyTorch counts changes: ``p.data.mul_(2)`` it does not.
+            With "hessian" only.
         progress: a bar over batches, by tqdm.
         seed: of frozen dropout.
 
@@ -91,7 +92,7 @@ class HessianOperator:
         self._names = _chosen(model, params)
         self.layout = Layout.of(self.parameters())
         self._frozen = dropout == "frozen"
-        self._kept: dict[int, tuple[list[int], Primals]] | None = {} if keep_primals else None
+        self._kept: dict[int, tuple[list, Primals]] | None = {} if keep_primals else None
         self._refuse_dropout()
         self._rank, world = _process()
         batches = list(_pairs(data))
@@ -177,15 +178,20 @@ class HessianOperator:
         return mapped(product)
 
     def _primals_of(self, index: int) -> Primals | None:
-        """What is kept of a batch, if it is still that of the parameters."""
+        """What is kept of a batch, if the model is still the same."""
         if self._kept is None:
             return None
-        versions = [parameter._version for parameter in self.parameters().values()]
+        state = self._state()
         before, primals = self._kept.get(index, (None, None))
-        if before != versions:
+        if before != state:
             primals = Primals(keep=True)
-            self._kept[index] = (versions, primals)
+            self._kept[index] = (state, primals)
         return primals
+
+    def _state(self) -> list:
+        """What tells whether parameters, buffers and modes are those of another product."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return [(t.data_ptr(), t._version) for t in tensors] + [m.training for m in self.model.modules()]
 
     def _loss_of(self, inputs, targets) -> Callable[[dict[str, Tensor]], Tensor]:
         def loss(params):
@@ -357,16 +363,19 @@ def _chosen(model: nn.Module, params: Sequence[str] | Callable[[str], bool] | No
 
 @contextmanager
 def _statistics_untouched(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation in training mode neither reads nor updates its running statistics meanwhile."""
+    """Batch and instance normalisations in training mode neither read nor update running statistics meanwhile."""
     updating = [
         module
         for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats
     ]
+    statistics = [(module.running_mean, module.running_var) for module in updating]
     for module in updating:
         module.track_running_stats = False
+        module.running_mean = module.running_var = None
     try:
         yield
     finally:
-        for module in updating:
+        for module, (mean, variance) in zip(updating, statistics, strict=True):
             module.track_running_stats = True
+            module.running_mean, module.running_var = mean, variance

@@ -153,8 +153,10 @@ def hessian_products(fn: Callable[[Any], Tensor], params: Any, primals: Primals 
             return by_transforms(vectors)
         try:
             return gradient_tangents(fn, params, vectors, primals)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            reason = error
+            reason = str(error)
         results = by_transforms(vectors)  # which raises what is wrong with fn itself
         warnings.warn(f"Hessian-vector products by transforms of torch.func, which are slower: {reason}", stacklevel=4)
         return results

@@ -1,7 +1,7 @@
 """Tangents of single operations, K at a time: the rules of `vitfast.hessian.dual`.
 
-They are there for speed: what has no rule is left to `vmap` of `jvp`. Two kinds of operations cannot be left to it, as
-their backward uses statistics of the forward, which have no tangents: layer normalisation and attention. Their rules
+They are there for speed: what has no rule is left to `vmap` of `jvp`. That cannot be done with operations whose
+backward uses statistics of the forward that have no tangents. Layer normalisation and attention are such: their rules
 differentiate through the tensors that determine the statistics.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
-from vitfast.hessian.dual import COMPOSITES, CONSTANTS, RULES, Dual, dual, parts
+from vitfast.hessian.dual import COMPOSITES, CONSTANTS, RULES, STATISTICS, Dual, dual, parts
 from vitfast.ops import _extension, attention, window_attention
 from vitfast.ops.layers import (
     Products,
@@ -58,56 +58,54 @@ def _behind(dim: int) -> int:
     return dim + 1 if dim >= 0 else dim
 
 
-def _viewed(x: Dual, result: Tensor, tangents: Tensor) -> Dual:
-    """A view of x, or what may be one."""
-    view = Dual(result, tangents)
-    x.is_shared = view.is_shared = True
-    return view
-
-
 @_rule(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 def _view(operation, result, x, shape, *strides):
-    return _viewed(x, result, x.tangents.reshape(-1, *result.shape))
+    return Dual(result, x.tangents.reshape(len(x.tangents), *result.shape))
 
 
 @_rule(aten.expand.default)
 def _expand(operation, result, x, shape, *, implicit=False):
-    return _viewed(x, result, _aligned(x.tangents, result.dim()).expand(-1, *result.shape))
+    return Dual(result, _aligned(x.tangents, result.dim()).expand(-1, *result.shape))
 
 
 @_rule(aten.permute.default)
 def _permute(operation, result, x, dims):
-    return _viewed(x, result, x.tangents.permute(0, *(dim % x.dim() + 1 for dim in dims)))
+    return Dual(result, x.tangents.permute(0, *(dim % x.dim() + 1 for dim in dims)))
 
 
 @_rule(aten.t.default)
 def _transpose_matrix(operation, result, x):
-    return _viewed(x, result, x.tangents if x.dim() < 2 else x.tangents.transpose(1, 2))
+    return Dual(result, x.tangents if x.dim() < 2 else x.tangents.transpose(1, 2))
 
 
-@_rule(aten.transpose.int)
+def _has_dimensions(x, *args, **options):
+    """Whether a dimension of a primal is one of its tangents; a number has none, and PyTorch takes 0 and -1 for it."""
+    return x.dim() > 0
+
+
+@_rule(aten.transpose.int, serves=_has_dimensions)
 def _transpose(operation, result, x, first, second):
-    return _viewed(x, result, x.tangents.transpose(_behind(first), _behind(second)))
+    return Dual(result, x.tangents.transpose(_behind(first), _behind(second)))
 
 
-@_rule(aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.squeeze.dim)
+@_rule(aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.squeeze.dim, serves=_has_dimensions)
 def _along_dimension(operation, result, x, dim=0, *rest):
-    return _viewed(x, result, operation(x.tangents, _behind(dim), *rest))
+    return Dual(result, operation(x.tangents, _behind(dim), *rest))
 
 
 @_rule(aten.unbind.int)
 def _unbind(operation, results, x, dim=0):
-    return [_viewed(x, *pair) for pair in zip(results, x.tangents.unbind(_behind(dim)), strict=True)]
+    return [Dual(*pair) for pair in zip(results, x.tangents.unbind(_behind(dim)), strict=True)]
 
 
 @_rule(aten.split.Tensor, aten.split_with_sizes.default)
 def _split(operation, results, x, sizes, dim=0):
-    return [_viewed(x, *pair) for pair in zip(results, operation(x.tangents, sizes, _behind(dim)), strict=True)]
+    return [Dual(*pair) for pair in zip(results, operation(x.tangents, sizes, _behind(dim)), strict=True)]
 
 
 @_rule(aten.detach.default, aten.alias.default)
 def _alias(operation, result, x):
-    return _viewed(x, result, x.tangents)
+    return Dual(result, x.tangents)
 
 
 @_rule(aten.clone.default)
@@ -125,7 +123,7 @@ def _embed(operation, result, x, shape, dim, *rest):
     return Dual(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
 
 
-@_rule(aten.cat.default, aten.stack.default)
+@_rule(aten.cat.default, aten.stack.default, serves=lambda tensors, *dim: len({t.dim() for t in tensors}) == 1)
 def _join(operation, result, tensors, dim=0):
     count = next(len(t.tangents) for t in tensors if isinstance(t, Dual))
     tangents = [
@@ -143,6 +141,13 @@ def _copy(operation, result, x, source, non_blocking=False):
         return Dual(result, x.tangents.new_zeros(1, *result.shape).expand(len(x.tangents), *result.shape))
     return Dual(result, _whole(_aligned(source_t, result.dim()), result).to(result.dtype))
 
+
+STATISTICS.update(
+    {
+        *(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default),  # the sum of the classes' weights
+        aten.native_batch_norm.default,  # whose backward in forward mode finds the tangents by itself
+    }
+)
 
 CONSTANTS.update(
     {
@@ -244,7 +249,7 @@ def _reduce_all(operation, result, x, *, dtype=None):
     return Dual(result, operation.overloadpacket(x.tangents.flatten(1), [1], dtype=dtype))
 
 
-@_rule(aten.sum.dim_IntList, aten.mean.dim)
+@_rule(aten.sum.dim_IntList, aten.mean.dim, serves=_has_dimensions)
 def _reduce(operation, result, x, dims, keepdim=False, *, dtype=None):
     behind = [_behind(dim) for dim in dims] if dims else list(range(1, x.dim() + 1))
     return Dual(result, operation(x.tangents, behind, keepdim, dtype=dtype))
@@ -474,40 +479,47 @@ def _backend(x: Tensor) -> str:
     return "cpu" if x.device.type == "cpu" else "triton"
 
 
-def _has_kernel(dropout_p: float, is_causal: bool, attn_mask: Any) -> bool:
-    """Whether PyTorch's fused attention is one of vitfast's: no dropout, not causal, and a mask that is a constant."""
-    return _extension.available() and dropout_p == 0 and not is_causal and not isinstance(attn_mask, Dual)
+def _has_kernel(query: Any, key: Any, dropout_p: float, attn_mask: Any) -> bool:
+    """Whether PyTorch's fused attention is one of vitfast's: no dropout, as many heads for keys as for queries, and a
+    mask that is a constant and leaves every query a key: PyTorch returns 0 where it leaves none, vitfast NaN."""
+    if not _extension.available() or dropout_p > 0 or isinstance(attn_mask, Dual) or query.shape[1] != key.shape[1]:
+        return False
+    return attn_mask is None or not (attn_mask == -torch.inf).all(-1).any()
 
 
-def _fused_attention(query: Any, attn_mask: Tensor | None, scale: float | None):
+def _fused_attention(query: Any, key: Any, is_causal: bool, attn_mask: Tensor | None, scale: float | None):
     """The specification, and the mask as a bias."""
     spec = attention.Spec(query.shape[-1] ** -0.5 if scale is None else scale, _backend(query))
-    if attn_mask is None:
-        return spec, None
     wide = torch.promote_types(query.dtype, torch.float32)
-    return spec, attn_mask.to(wide).expand(*(1,) * (4 - attn_mask.dim()), *attn_mask.shape)
+    bias = None if attn_mask is None else attn_mask.to(wide)
+    if is_causal:
+        hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+        bias = torch.zeros(hidden.shape, dtype=wide, device=query.device).masked_fill(hidden, -torch.inf)
+    return spec, None if bias is None else bias.expand(*(1,) * (4 - bias.dim()), *bias.shape)
 
 
 def _serves_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    return _has_kernel(dropout_p, is_causal, attn_mask)
+    return _has_kernel(query, key, dropout_p, attn_mask)
 
 
 @_rule(aten._scaled_dot_product_flash_attention_for_cpu.default, serves=_serves_forward)
 @_with_transforms
-def _scaled_dot_product(operation, results, query, key, value, *options, attn_mask=None, scale=None):
-    spec, bias = _fused_attention(query, attn_mask, scale)
+def _scaled_dot_product(
+    operation, results, query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None
+):
+    spec, bias = _fused_attention(query, key, is_causal, attn_mask, scale)
     primals, tangents = zip(*map(parts, (query, key, value, bias)), strict=True)
     return Dual(results[0], attention.output_tangents(spec, primals, tangents)), results[1]
 
 
 def _serves_backward(grad, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
-    return _has_kernel(dropout_p, is_causal, attn_mask)
+    return _has_kernel(query, key, dropout_p, attn_mask)
 
 
 @_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, serves=_serves_backward)
 @_with_transforms
 def _scaled_dot_product_backward(operation, results, grad, query, key, value, *rest, attn_mask=None, scale=None):
-    spec, bias = _fused_attention(query, attn_mask, scale)
+    spec, bias = _fused_attention(query, key, rest[-1], attn_mask, scale)
     primals, tangents = zip(*map(parts, (grad, query, key, value, bias)), strict=True)
     gradients = attention.gradient_tangents(spec, primals, tangents)
     return tuple(dual(*pair) for pair in zip(results, gradients[:3], strict=True))
@@ -526,6 +538,9 @@ def _composite(operation) -> Callable:
     return register
 
 
+_MEAN = 1  # of the reductions of losses
+
+
 @_composite(aten.silu_backward.default)
 def _silu_backward(grad, x):
     gate = x.sigmoid()
@@ -541,6 +556,17 @@ def _mish_backward(grad, x):
 @_composite(aten.hardsigmoid_backward.default)
 def _hardsigmoid_backward(grad, x):
     return grad * ((x > -3) & (x < 3)) / 6
+
+
+@_composite(aten.mse_loss_backward.default)
+def _mse_loss_backward(grad, x, target, reduction):
+    return grad * (x - target) * (2 / x.numel() if reduction == _MEAN else 2)
+
+
+@_composite(aten.huber_loss_backward.default)
+def _huber_loss_backward(grad, x, target, reduction, delta):
+    clipped = (x - target).clamp(-delta, delta)
+    return grad * clipped * (1 / x.numel() if reduction == _MEAN else 1)
 
 
 @_composite(aten.native_dropout_backward.default)

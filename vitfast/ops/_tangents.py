@@ -30,7 +30,6 @@ class Rule:
     Attributes:
         kernel: (spec, primals, tangents) -> results; tangents and results have K in front, and may have any strides.
         definition: the same for one tangent, without K, in operations of PyTorch.
-
         serves: (spec, primals) -> whether there is a kernel for them.
 
     A tangent of None is zero. Neither returns None.

@@ -27,9 +27,10 @@ class Products:
     def __init__(self, count: int, rows: int, columns: int):
         self._shape = (count, rows, columns)
         self._total: Tensor | None = None
+        self._is_own = False  # whether products may be added to the total in place
 
     def begin(self, start: Tensor | None) -> None:
-        """With what can be expanded to the shape."""
+        """With what can be expanded to the shape, and is only read."""
         if start is not None:
             self._total = start.expand(self._shape)
 
@@ -39,21 +40,25 @@ class Products:
             return
         if b.dim() == 2 and a.is_contiguous():
             self._add_rows(a.flatten(0, 1), b)
-            return
-        a, b = (t.expand(self._shape[0], *t.shape) if t.dim() == 2 else t for t in (a, b))
-        if self._total is None:
-            self._total = torch.bmm(a, b)
-        elif self._total.is_contiguous():
-            self._total.baddbmm_(a, b)
         else:
-            self._total = torch.baddbmm(self._total, a, b)
+            self._add_pairs(*(t.expand(self._shape[0], *t.shape) if t.dim() == 2 else t for t in (a, b)))
+        self._is_own = True
 
     def _add_rows(self, rows: Tensor, b: Tensor) -> None:
         if self._total is None:
             self._total = product(rows, b.t()).view(self._shape)
             return
-        self._total = self._total.contiguous()
+        if not self._is_own:
+            self._total = self._total.clone(memory_format=torch.contiguous_format)
         self._total.view(len(rows), -1).addmm_(rows, b)
+
+    def _add_pairs(self, a: Tensor, b: Tensor) -> None:
+        if self._total is None:
+            self._total = torch.bmm(a, b)
+        elif self._is_own:
+            self._total.baddbmm_(a, b)
+        else:
+            self._total = torch.baddbmm(self._total, a, b)
 
     @property
     def total(self) -> Tensor | None:
