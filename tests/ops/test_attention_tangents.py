@@ -76,8 +76,8 @@ def calls_of(case, primals, tangents, swap):
     qkv = packed_with(case, primals[:3])
     qkv_t = packed_with(case, [tangents[name] for name in NAMES[:3]], 1)
     grad, grad_t = (swap(t) for t in (primals.grad, tangents["grad"]))
-    yield module._OUTPUT, spec, (primals.bias, *qkv), (tangents["bias"], *qkv_t)
-    yield module._GRADIENTS, spec, (primals.bias, grad, *qkv), (tangents["bias"], grad_t, *qkv_t)
+    yield module.OUTPUT, spec, (primals.bias, *qkv), (tangents["bias"], *qkv_t)
+    yield module.GRADIENTS, spec, (primals.bias, grad, *qkv), (tangents["bias"], grad_t, *qkv_t)
 
 
 def swap_of(case):

@@ -1,7 +1,8 @@
 r"""Products of the Hessian, the Gauss-Newton matrix and the empirical Fisher matrix with K vectors in one pass.
 
-Forward mode over reverse mode, `vmap(jvp(grad(f)))`: the tangent of the gradient along each vector. What does not
-depend on a vector is computed once for all K, and nothing is kept between calls. The other order, a gradient of a
+Forward mode over reverse mode: the tangent of the gradient along each vector. Hessians take it from tensors with K
+tangents (`vitfast.hessian.dual`), or, where these do not serve, from `vmap(jvp(grad(f)))`, as the others do. What does
+not depend on a vector is computed once for all K. The other order, a gradient of a
 tangent, is never used: PyTorch's forward-mode formulas of layer and batch normalisation are not differentiable in
 reverse, and it returns wrong numbers without a word.
 

@@ -18,6 +18,7 @@ from torch.overrides import enable_reentrant_dispatch
 
 from vitfast.hessian.dual import COMPOSITES, CONSTANTS, RULES, STATISTICS, Dual, dual, parts
 from vitfast.ops import _extension, attention, window_attention
+from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
     Products,
     gelu_backward_tangents,
@@ -129,9 +130,7 @@ def _join(operation, result, tensors, dim=0):
     tangents = [
         t.tangents if isinstance(t, Dual) else t.new_zeros(1, *t.shape).expand(count, *t.shape) for t in tensors
     ]
-    return Dual(
-        result, operation([t.flatten(1) if t.dim() == 2 and t.shape[1] == 0 else t for t in tangents], _behind(dim))
-    )
+    return Dual(result, operation(tangents, _behind(dim)))
 
 
 @_rule(aten.copy.default)
@@ -444,6 +443,11 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+def _compute(rule, spec, primals, tangents) -> tuple[Tensor, ...]:
+    """The tangents of an attention, whose bias comes last to its operators and first to its rules."""
+    return compute(rule, spec, *((x[-1], *x[:-1]) for x in (primals, tangents)))
+
+
 def _attention_rules(module, name: str, spec_of: Callable) -> None:
     """Of the operators of vitfast: of separate and packed inputs, in both directions. ``spec_of`` makes a
     specification of the options of a call."""
@@ -454,7 +458,7 @@ def _attention_rules(module, name: str, spec_of: Callable) -> None:
         def forward(operation, results, *arguments, inputs=inputs):
             primals, tangents = zip(*map(parts, arguments[: inputs + 1]), strict=True)
             spec = spec_of(*arguments[inputs + 1 : -1], _backend(primals[0]))
-            return Dual(results[0], module.output_tangents(spec, primals, tangents)), results[1]
+            return Dual(results[0], *_compute(module.OUTPUT, spec, primals, tangents)), results[1]
 
         @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}_backward").default)
         @_with_transforms
@@ -462,8 +466,9 @@ def _attention_rules(module, name: str, spec_of: Callable) -> None:
             primals, tangents = zip(*map(parts, arguments[: inputs + 2]), strict=True)
             options = (x for x in arguments[inputs + 2 :] if not isinstance(x, Tensor))
             spec = spec_of(*options, _backend(primals[0]))
-            gradients = module.gradient_tangents(spec, primals, tangents)
-            return tuple(dual(*pair) for pair in zip(results, gradients, strict=True))
+            gradients = _compute(module.GRADIENTS, spec, primals, tangents)
+            # Without a bias the operator returns an empty gradient of it.
+            return *map(Dual, results, gradients), *results[len(gradients) :]
 
 
 if _extension.available():
@@ -495,7 +500,9 @@ def _fused_attention(query: Any, key: Any, is_causal: bool, attn_mask: Tensor | 
     if is_causal:
         hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
         bias = torch.zeros(hidden.shape, dtype=wide, device=query.device).masked_fill(hidden, -torch.inf)
-    return spec, None if bias is None else bias.expand(*(1,) * (4 - bias.dim()), *bias.shape)
+    if bias is None:
+        return spec, None
+    return spec, bias.expand(*(1,) * (4 - bias.dim()), *bias.shape[:-1], key.shape[2])
 
 
 def _serves_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
@@ -509,7 +516,7 @@ def _scaled_dot_product(
 ):
     spec, bias = _fused_attention(query, key, is_causal, attn_mask, scale)
     primals, tangents = zip(*map(parts, (query, key, value, bias)), strict=True)
-    return Dual(results[0], attention.output_tangents(spec, primals, tangents)), results[1]
+    return Dual(results[0], *_compute(attention.OUTPUT, spec, primals, tangents)), results[1]
 
 
 def _serves_backward(grad, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
@@ -521,8 +528,7 @@ def _serves_backward(grad, query, key, value, out, lse, dropout_p, is_causal, *,
 def _scaled_dot_product_backward(operation, results, grad, query, key, value, *rest, attn_mask=None, scale=None):
     spec, bias = _fused_attention(query, key, rest[-1], attn_mask, scale)
     primals, tangents = zip(*map(parts, (grad, query, key, value, bias)), strict=True)
-    gradients = attention.gradient_tangents(spec, primals, tangents)
-    return tuple(dual(*pair) for pair in zip(results, gradients[:3], strict=True))
+    return tuple(map(Dual, results, _compute(attention.GRADIENTS, spec, primals, tangents)))
 
 
 # ---- what PyTorch cannot differentiate in forward mode ---------------------------------------------------------------

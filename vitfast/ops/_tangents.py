@@ -54,11 +54,12 @@ def compute(rule: Rule, spec: Any, primals: Tensors, tangents: Tensors) -> tuple
     """The results along K tangents, which have K in front, and are no part of a transform."""
     if rule.serves(spec, primals):
         return rule.kernel(spec, primals, tangents)
+    return mapped(lambda *tangents: rule.definition(spec, primals, tangents), tangents)
 
-    def of_one(*tangents):
-        return rule.definition(spec, primals, tangents)
 
-    return torch.vmap(of_one, in_dims=tuple(None if t is None else 0 for t in tangents))(*tangents)
+def mapped(definition: Callable, tangents: Tensors):
+    """The definition of one tangent for K of them, which have K in front."""
+    return torch.vmap(definition, in_dims=tuple(None if t is None else 0 for t in tangents))(*tangents)
 
 
 def _is_differentiated(tensors: Tensors) -> bool:
@@ -129,11 +130,6 @@ def _one_by_one(rule: Rule, spec: Any, count: int, dims: Sequence[int | None], t
     """Primals differ along the mapped dimension: the definition, mapped over it and, inside, over the K tangents."""
 
     def of_one(*tensors):
-        primals, tangents = tensors[:count], tensors[count:]
-
-        def of_one_tangent(*tangents):
-            return rule.definition(spec, primals, tangents)
-
-        return torch.vmap(of_one_tangent, in_dims=tuple(None if t is None else 0 for t in tangents))(*tangents)
+        return mapped(lambda *tangents: rule.definition(spec, tensors[:count], tangents), tensors[count:])
 
     return torch.vmap(of_one, in_dims=tuple(dims))(*tensors)

@@ -48,7 +48,7 @@ from vitfast.ops._rules import (
     with_signature,
     without_tangents,
 )
-from vitfast.ops._tangents import Rule, compute, count_of, has_kernel, tangents_of
+from vitfast.ops._tangents import Rule, count_of, has_kernel, tangents_of
 from vitfast.ops.backend import choose
 
 NAME = "attention"
@@ -266,12 +266,12 @@ class AttentionBackward(torch.autograd.Function):
 
 def _tangent(spec, bias, qkv, bias_t, qkv_t) -> Tensor:
     """The tangent of the output; a packed tangent is taken apart like its primal."""
-    return tangents_of(_OUTPUT, spec, (bias, *qkv), (bias_t, *qkv_t))[0]
+    return tangents_of(OUTPUT, spec, (bias, *qkv), (bias_t, *qkv_t))[0]
 
 
 def _backward_tangent(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tensor | None, ...]:
     """The tangents of the gradients of qkv (packed if qkv is), then of the bias's gradient."""
-    results = tangents_of(_GRADIENTS, spec, (bias, grad, *qkv), (bias_t, grad_t, *qkv_t))
+    results = tangents_of(GRADIENTS, spec, (bias, grad, *qkv), (bias_t, grad_t, *qkv_t))
     return (*results, None) if bias is None else results
 
 
@@ -337,23 +337,8 @@ def _triton_tangents(spec, bias, grad, qkv, bias_t, grad_t, qkv_t) -> tuple[Tens
     )
 
 
-def output_tangents(spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
-    """Of the output, with K in front like ``tangents``; both are (*qkv, bias)."""
-    ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
-    return compute(_OUTPUT, spec, *ordered)[0]
-
-
-def gradient_tangents(
-    spec: Spec, primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Of the gradients of qkv and of the bias, with K in front like ``tangents``; both are (grad, *qkv, bias)."""
-    ordered = ((x[-1], *x[:-1]) for x in (primals, tangents))
-    results = compute(_GRADIENTS, spec, *ordered)
-    return (*results, None) if primals[-1] is None else results
-
-
-_OUTPUT = Rule(_compute_output, _define_output, has_kernel)
-_GRADIENTS = Rule(_compute_gradients, _define_gradients, has_kernel)
+OUTPUT = Rule(_compute_output, _define_output, has_kernel)
+GRADIENTS = Rule(_compute_gradients, _define_gradients, has_kernel)
 
 
 def _heads_dim(qkv: tuple[Tensor, ...]) -> int:

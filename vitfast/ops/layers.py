@@ -8,14 +8,12 @@ Tangents and results have K in front; a tangent of None is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _extension
-from vitfast.ops._tangents import count_of
+from vitfast.ops._tangents import count_of, mapped
 from vitfast.ops.linear import product
 
 # ---- sums of matrix products -----------------------------------------------------------------------------------------
@@ -81,7 +79,7 @@ def layer_norm_tangents(
     """Of the output, (K, rows, channels) for x (rows, channels) and its statistics (rows, 1)."""
     primals, tangents = (x, mean, inverse, weight), (x_t, weight_t, bias_t)
     if not _serves(*primals, *tangents):
-        return _mapped(lambda *t: reference.layer_norm_tangent(*primals, *t), tangents).to(x.dtype)
+        return mapped(lambda *t: reference.layer_norm_tangent(*primals, *t), tangents).to(x.dtype)
     count = count_of(tangents)
     output_t = x.new_empty(count, *x.shape)
     torch.ops.vitfast.layer_norm_tangents(
@@ -103,7 +101,7 @@ def layer_norm_backward_tangents(
     """Of the gradients of x, of the weight and of the bias, whether there are such or not."""
     primals, tangents = (x, mean, inverse, weight), (grad_t, x_t, weight_t)
     if not _serves(*primals, grad, *tangents):
-        results = _mapped(lambda *t: reference.layer_norm_backward_tangent(grad, *primals, *t), tangents)
+        results = mapped(lambda *t: reference.layer_norm_backward_tangent(grad, *primals, *t), tangents)
         return tuple(result.to(x.dtype) for result in results)
     count = count_of(tangents)
     x_grad_t = x.new_empty(count, *x.shape)
@@ -124,7 +122,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 def gelu_tangents(x: Tensor, x_t: Tensor) -> Tensor:
     """Of gelu(x), with the exact GELU, x Phi(x)."""
     if not _serves(x, x_t):
-        return _mapped(lambda t: reference.gelu_tangent(x, t), (x_t,))
+        return mapped(lambda t: reference.gelu_tangent(x, t), (x_t,))
     output_t = x.new_empty(*x_t.shape)
     torch.ops.vitfast.gelu_tangents(x.contiguous(), None, x_t.contiguous(), None, output_t)
     return output_t
@@ -134,7 +132,7 @@ def gelu_backward_tangents(grad: Tensor, x: Tensor, grad_t: Tensor | None, x_t: 
     """Of the gradient of x."""
     tangents = (grad_t, x_t)
     if not _serves(x, grad, *tangents):
-        return _mapped(lambda *t: reference.gelu_backward_tangent(grad, x, *t), tangents)
+        return mapped(lambda *t: reference.gelu_backward_tangent(grad, x, *t), tangents)
     x_grad_t = x.new_empty(count_of(tangents), *x.shape)
     grad_t, x_t = (None if t is None else t.contiguous() for t in tangents)
     torch.ops.vitfast.gelu_tangents(x.contiguous(), grad.contiguous(), x_t, grad_t, x_grad_t)
@@ -152,11 +150,6 @@ def _serves(*tensors: Tensor | None) -> bool:
         and first.dtype in (torch.float32, torch.float64)
         and all(t.dtype == first.dtype for t in others)
     )
-
-
-def _mapped(definition: Callable, tangents: tuple[Tensor | None, ...]):
-    """The definition of one tangent for all."""
-    return torch.vmap(definition, in_dims=tuple(None if t is None else 0 for t in tangents))(*tangents)
 
 
 if _extension.available():

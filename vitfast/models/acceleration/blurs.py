@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +16,12 @@ from vitfast.ops._rules import is_autocast
 _ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 
-class FusedBlur:
+class FusedBlur(ABC):
     """Mixed into a fused blur: one that `vitfast.functional.blur_pool2d` computes with these options."""
 
+    @abstractmethod
     def blur_options(self) -> dict:
-        raise NotImplementedError
+        """The keyword arguments of `vitfast.functional.blur_pool2d`."""
 
 
 BLURS: set[type[nn.Module]] = {BlurPool2d}
