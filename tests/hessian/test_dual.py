@@ -349,6 +349,52 @@ def test_statistics_of_instance_normalisation_are_not_touched():
     assert torch.equal(model.layers[-1].running_mean, before)
 
 
+class Overwriting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+    def forward(self, x):
+        return overwritten(self.weight) * x
+
+
+def test_an_operator_fails_once_and_then_goes_by_transforms():
+    operator = HessianOperator(Overwriting(), lambda out, y: out.mean(), [(torch.ones(2).double(), torch.ones(2))])
+    vector = torch.randn(3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="by transforms"):
+        first = operator @ vector
+    assert_close(operator @ vector, first)  # a second warning would be an error
+
+
+def test_only_the_bias_of_a_normalisation():
+    x, bias = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+
+    def fn(b):
+        return F.layer_norm(x, (4,), torch.ones_like(x[0]), b).sum() + b.pow(3).sum()
+
+    assert_close(hvp(fn, bias, torch.ones_like(bias)), 6 * bias)
+
+
+class Detaching(torch.autograd.Function):
+    """x**2, whose forward detaches what it computes with."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.detach() ** 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * grad * x
+
+
+def test_what_a_function_detaches_in_its_forward_has_tangents():
+    p, v = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    expected = hvp(lambda p: (p.sin() ** 2 * p).sum(), p, v)
+    assert_close(hvp(lambda p: (Detaching.apply(p.sin()) * p).sum(), p, v), expected)
+
+
 def test_errors_of_the_function_are_its_own():
     def broken(p):
         raise LookupError("mine")

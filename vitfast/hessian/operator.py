@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from vitfast.hessian.dual import Primals
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import fitting_chunk, hold_freed_memory, release_freed_memory
-from vitfast.hessian.products import batched, hessian_products, mapped
+from vitfast.hessian.products import Way, batched, hessian_products, mapped
 
 __all__ = ["HessianOperator"]
 
@@ -93,6 +93,7 @@ class HessianOperator:
         self.layout = Layout.of(self.parameters())
         self._frozen = dropout == "frozen"
         self._kept: dict[int, tuple[list, Primals]] | None = {} if keep_primals else None
+        self._way = Way()
         self._refuse_dropout()
         self._rank, world = _process()
         batches = list(_pairs(data))
@@ -163,7 +164,7 @@ class HessianOperator:
         params = self.parameters()
         loss = self._loss_of(inputs, targets)
         if self.curvature == "hessian":
-            return hessian_products(loss, params, self._primals_of(index))
+            return hessian_products(loss, params, self._primals_of(index), self._way)
 
         def outputs_of(p):
             return functional_call(self.model, p, (inputs,))

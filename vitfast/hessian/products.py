@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
-from vitfast.hessian.dual import Primals, gradient_tangents
+from vitfast.hessian.dual import Primals, Unsupported, gradient_tangents
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import fitting_chunk, keeping_freed_memory
 from vitfast.ops._rules import forward_ad_is_nested, is_transformed
@@ -146,18 +147,29 @@ def _apply(products, layout: Layout, params, vectors, chunk: int | None, scalar)
         return layout.in_form(batched(products, layout, rows, chunk), form)
 
 
-def hessian_products(fn: Callable[[Any], Tensor], params: Any, primals: Primals | None = None) -> Callable[[Any], Any]:
+@dataclass
+class Way:
+    """How the products of a function are computed: by `gradient_tangents`, until an operation has no tangents."""
+
+    by_transforms: bool = False
+
+
+def hessian_products(
+    fn: Callable[[Any], Tensor], params: Any, primals: Primals | None = None, way: Way | None = None
+) -> Callable[[Any], Any]:
     """From a tree of vectors, with K in front of all leaves, to the tree of their products; see `gradient_tangents`."""
+    way = way or Way()
 
     def products(vectors):
-        if is_transformed() or forward_ad_is_nested():
+        if way.by_transforms or is_transformed() or forward_ad_is_nested():
             return by_transforms(vectors)
         try:
             return gradient_tangents(fn, params, vectors, primals)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = str(error)
+            way.by_transforms = isinstance(error, Unsupported)
+            reason = f"{type(error).__name__}: {error}"
         results = by_transforms(vectors)  # which raises what is wrong with fn itself
         warnings.warn(f"Hessian-vector products by transforms of torch.func, which are slower: {reason}", stacklevel=4)
         return results

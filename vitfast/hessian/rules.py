@@ -145,6 +145,7 @@ STATISTICS.update(
     {
         *(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default),  # the sum of the classes' weights
         aten.native_batch_norm.default,  # whose backward in forward mode finds the tangents by itself
+        aten.native_batch_norm_backward.default,  # gradients of a weight and a bias that there may not be
     }
 )
 
@@ -368,6 +369,8 @@ def _layer_norm(operation, results, x, shape, weight, bias, eps):
 @_with_transforms
 def _layer_norm_backward(operation, results, grad, x, shape, mean, inverse, weight, bias, wanted):
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
+    if grad_t is None and x_t is None and weight_t is None:  # the bias alone has tangents, and does not matter here
+        return results
     size = torch.Size(shape).numel()
     rows = x.numel() // size
     tangents = layer_norm_backward_tangents(
