@@ -45,6 +45,9 @@ inline void check_blur_kernel(const Tensor& kernel) {
   check_blur(kernel.dim() == 2 && kernel.size(0) > 0 && kernel.size(1) > 0 && kernel.size(0) <= 7 &&
                  kernel.size(1) <= 7 && kernel.is_contiguous(),
              "kernel must be a contiguous matrix of 1 to 7 taps each way");
+  using torch::headeronly::ScalarType;
+  check_blur(kernel.scalar_type() == ScalarType::Double || kernel.scalar_type() == ScalarType::Float,
+             "kernel must be float32 or float64");
 }
 
 // How many outputs an axis has.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -18,8 +19,10 @@
 namespace vitfast {
 namespace {
 
+using cpu::BlurBlock;
 using cpu::BlurCall;
 using cpu::BlurMatrix;
+using cpu::BlurSeries;
 using cpu::BlurSteps;
 using cpu::BlurStrip;
 using cpu::BlurStrips;
@@ -37,10 +40,22 @@ struct Lines {
   std::vector<std::vector<double>> columns;  // its lines; a single one serves all rows
 };
 
+// The taps of a kernel of float32 or float64, line by line.
+std::vector<double> taps_of(const Tensor& kernel) {
+  const int64_t taps = kernel.numel();
+  if (kernel.scalar_type() == ScalarType::Float) {
+    const float* values = static_cast<const float*>(kernel.data_ptr());
+    return std::vector<double>(values, values + taps);
+  }
+  const double* values = static_cast<const double*>(kernel.data_ptr());
+  return std::vector<double>(values, values + taps);
+}
+
 // `exact`: for maps of float64.
 Lines lines_of(const Tensor& kernel, bool exact) {
   const int64_t height = kernel.size(0), width = kernel.size(1);
-  const double* values = static_cast<const double*>(kernel.data_ptr());
+  const std::vector<double> taps = taps_of(kernel);
+  const double* values = taps.data();
   const double* pivot =
       std::max_element(values, values + height * width, [](double a, double b) { return std::abs(a) < std::abs(b); });
   const double* pivot_row = values + (pivot - values) / width * width;
@@ -129,6 +144,61 @@ BlurMatrix transposed(const BlurMatrix& matrix, int64_t inputs) {
   return result;
 }
 
+// ---- outputs with the same taps ------------------------------------------------------------------------------------
+
+// How many inputs further the taps of output b lie than those of a, or 0 if they differ in anything else.
+int64_t step_between(const BlurMatrix& matrix, int64_t a, int64_t b) {
+  const std::vector<int64_t>& begin = matrix.begin;
+  const int64_t count = begin[a + 1] - begin[a];
+  const BlurTap *from = matrix.taps.data() + begin[a], *to = matrix.taps.data() + begin[b];
+  if (count == 0 || begin[b + 1] - begin[b] != count) return 0;
+  const int64_t step = to->from - from->from;
+  const bool alike = std::equal(from, from + count, to, [step](const BlurTap& x, const BlurTap& y) {
+    return y.from - x.from == step && y.line == x.line && y.weight == x.weight;
+  });
+  return alike ? std::max<int64_t>(step, 0) : 0;
+}
+
+// Appends the series of outputs [first, last); every `period`-th is likely to have the same taps.
+void add_series(const BlurMatrix& matrix, int64_t first, int64_t last, int64_t period,
+                std::vector<BlurSeries>& series) {
+  for (int64_t phase = first; phase < std::min(first + period, last); ++phase) {
+    for (int64_t o = phase; o < last;) {
+      BlurSeries next{o, 1, 0};
+      for (int64_t other = o + period; other < last; other += period) {
+        const int64_t step = step_between(matrix, other - period, other);
+        if (step == 0 || (next.count > 1 && step != next.step)) break;
+        next.step = step;
+        ++next.count;
+      }
+      series.push_back(next);
+      o += next.count * period;
+    }
+  }
+}
+
+// ---- the matrices for columns in blocks ----------------------------------------------------------------------------
+
+// `block` outputs make a block.
+std::vector<BlurBlock> blocks_of(const std::vector<BlurMatrix>& columns, int64_t outputs, int64_t block,
+                                 int64_t period) {
+  std::vector<BlurBlock> blocks;
+  for (int64_t first = 0; first < outputs; first += block) {
+    BlurBlock next{first, std::min(first + block, outputs), 0, 0, {}};
+    int64_t from = std::numeric_limits<int64_t>::max();
+    for (const BlurMatrix& line : columns) {
+      for (int64_t i = line.begin[first]; i < line.begin[next.last]; ++i) {
+        from = std::min(from, line.taps[i].from);
+        next.until = std::max(next.until, line.taps[i].from + 1);
+      }
+      add_series(line, first, next.last, period, next.series.emplace_back());
+    }
+    next.from = std::min(from, next.until);
+    blocks.push_back(std::move(next));
+  }
+  return blocks;
+}
+
 // ---- the matrix for rows as steps ----------------------------------------------------------------------------------
 
 // `strip` outputs make a strip, `group` a group; `inputs` rows with `lines` lines each may be wanted.
@@ -184,42 +254,15 @@ BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int6
 
 // ---- the matrix for rows in strips ---------------------------------------------------------------------------------
 
-// How many rows further the taps of output b lie than those of a, or 0 if they differ in anything else.
-int64_t step_between(const BlurStrips& strips, int64_t a, int64_t b) {
-  const int64_t taps = strips.begin[a + 1] - strips.begin[a];
-  const BlurStrips::Tap *from = strips.taps.data() + strips.begin[a], *to = strips.taps.data() + strips.begin[b];
-  if (taps == 0 || strips.begin[b + 1] - strips.begin[b] != taps) return 0;
-  const int64_t step = to->row - from->row;
-  const bool alike = std::equal(from, from + taps, to, [step](const BlurStrips::Tap& x, const BlurStrips::Tap& y) {
-    return y.row - x.row == step && y.line == x.line && y.weight == x.weight;
-  });
-  return alike ? std::max<int64_t>(step, 0) : 0;
-}
-
-void add_series(BlurStrips& strips, BlurStrip& strip) {
-  strip.first_series = static_cast<int64_t>(strips.series.size());
-  for (int64_t phase = strip.first; phase < std::min(strip.first + strips.period, strip.last); ++phase) {
-    for (int64_t o = phase; o < strip.last;) {
-      BlurStrips::Series series{o, 1, 0};
-      for (int64_t next = o + strips.period; next < strip.last; next += strips.period) {
-        const int64_t step = step_between(strips, next - strips.period, next);
-        if (step == 0 || (series.count > 1 && step != series.step)) break;
-        series.step = step;
-        ++series.count;
-      }
-      strips.series.push_back(series);
-      o += series.count * strips.period;
-    }
-  }
-  strip.last_series = static_cast<int64_t>(strips.series.size());
-}
-
 // `strip` outputs make a strip; every `period`-th output is likely to have the same taps.
 BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip, int64_t period) {
   const int64_t outputs = static_cast<int64_t>(matrix.begin.size()) - 1;
   BlurStrips strips;
-  strips.begin = matrix.begin;
+  strips.matrix.begin = matrix.begin;
   strips.period = period;
+  for (int64_t o = 0; o < outputs; ++o) {
+    strips.most_taps = std::max(strips.most_taps, matrix.begin[o + 1] - matrix.begin[o]);
+  }
   std::vector<int64_t> place(inputs);  // of a row among those of the strip
   for (int64_t first = 0; first < outputs; first += strip) {
     BlurStrip next{first, std::min(first + strip, outputs), 0, 0, {}, 0};
@@ -233,9 +276,11 @@ BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip, in
     }
     for (int64_t i = matrix.begin[first]; i < matrix.begin[next.last]; ++i) {
       const BlurTap& tap = matrix.taps[i];
-      strips.taps.push_back({place[tap.from], tap.line, tap.weight});
+      strips.matrix.taps.push_back({place[tap.from], tap.line, tap.weight});
     }
-    add_series(strips, next);
+    next.first_series = static_cast<int64_t>(strips.series.size());
+    add_series(strips.matrix, next.first, next.last, period, strips.series);
+    next.last_series = static_cast<int64_t>(strips.series.size());
     strips.most_rows = std::max(strips.most_rows, next.rows);
     strips.most_outputs = std::max(strips.most_outputs, next.outputs());
     strips.strips.push_back(std::move(next));
@@ -259,7 +304,6 @@ Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before,
 BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel, const Options& options,
                  bool channels_last, bool transpose) {
   check_blur_kernel(kernel);
-  check_blur(kernel.scalar_type() == ScalarType::Double, "kernel must be float64");
   check_blur(options.stride.size() == 2 && options.padding.size() == 4, "stride takes 2 numbers, padding 4");
   const auto& [stride, padding, mode] = options;
   const Geometry rows = geometry_of(height, kernel.size(0), stride[0], padding[2], padding[3], mode);
@@ -270,6 +314,8 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   call.storage = cpu::storage_of(like.scalar_type());
   call.channels_last = channels_last;
   call.transpose = transpose;
+  call.column_step = transpose ? 1 : stride[1];
+  call.column_period = transpose ? stride[1] : 1;
   call.batch = like.size(0);
   call.channels = like.size(1);
   call.in_height = height, call.out_height = rows.outputs;
@@ -283,16 +329,22 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
     for (BlurMatrix& line : call.columns) line = transposed(line, width);
   }
   // Enough strips for many threads, the same whatever their number, so that sums have one order.
-  constexpr int64_t kTasks = 64, kRows = 16;
-  const int64_t maps = std::max<int64_t>(call.batch * (channels_last ? call.channels / 16 : call.channels), 1);
-  const int64_t strips = std::clamp<int64_t>(kTasks / maps, 1, std::max<int64_t>(call.out_height / kRows, 1));
+  constexpr int64_t kTasks = 64;
+  const int64_t least_rows = channels_last ? 8 : 16, maps = channels_last ? call.batch : call.batch * call.channels;
+  const int64_t strips =
+      std::clamp<int64_t>(kTasks / std::max<int64_t>(maps, 1), 1, std::max<int64_t>(call.out_height / least_rows, 1));
   const int64_t strip = (call.out_height + strips - 1) / strips;
+  int64_t block = call.out_width;
   if (channels_last) {
     call.rows = steps_of(matrix, call.in_height, static_cast<int64_t>(call.columns.size()), strip, 1);
+    const int64_t period = call.column_period, step = call.column_step;
+    block =
+        std::max<int64_t>(cpu::kBlockValues / std::max<int64_t>(call.channels, 1) / std::max(period, step), 1) * period;
   } else {
-    const int64_t fitting = std::max(cpu::kStripValues / std::max(call.in_width, call.out_width), kRows);
+    const int64_t fitting = std::max(cpu::kStripValues / std::max(call.in_width, call.out_width), least_rows);
     call.strips = strips_of(matrix, call.in_height, std::min(strip, fitting), transpose ? stride[0] : 1);
   }
+  call.blocks = blocks_of(call.columns, call.out_width, block, call.column_period);
   return call;
 }
 

@@ -23,6 +23,11 @@ struct BlurMatrix {
   std::vector<int64_t> begin;
   std::vector<BlurTap> taps;
 };
+// Outputs first, first + period, ... whose taps are those of the first, but for inputs that lie `step` further each
+// time; 0 if there is one.
+struct BlurSeries {
+  int64_t first, count, step;
+};
 
 // The matrix for rows as steps: the rows of the input that a group of outputs needs are blurred along their columns
 // into slots, where later groups may find them; then each output is a weighted sum of slots.
@@ -62,25 +67,28 @@ struct BlurStrip {
   int64_t outputs() const { return last - first; }
 };
 struct BlurStrips {
-  struct Tap {
-    int64_t row, line;
-    double weight;
-  };
-  // Outputs first, first + period, ... of a strip whose taps are those of the first, but for rows that lie `step`
-  // further each time.
-  struct Series {
-    int64_t first, count, step;
-  };
   std::vector<BlurStrip> strips;
-  std::vector<int64_t> begin;  // output o has the taps in [begin[o], begin[o + 1])
-  std::vector<Tap> taps;
-  std::vector<Series> series;  // of all strips
+  BlurMatrix matrix;               // its inputs are the rows of the strip that an output is in
+  std::vector<BlurSeries> series;  // of all strips
   int64_t period = 1;
   int64_t most_rows = 0, most_outputs = 0;  // of a strip
+  int64_t most_taps = 0;                    // of an output
+};
+
+// Some outputs of each row, which are computed together, and the inputs [from, until) that they need.
+struct BlurBlock {
+  int64_t first, last;
+  int64_t from, until;
+  std::vector<std::vector<BlurSeries>> series;  // of each of the matrices for columns
+
+  int64_t inputs() const { return until - from; }
+  int64_t outputs() const { return last - first; }
 };
 
 // As many values as a strip has, about: its buffers are to fit into the first level.
 constexpr int64_t kStripValues = 4096;
+// Likewise in each row of a block.
+constexpr int64_t kBlockValues = 2048;
 
 // u = activation(scale * x + shift).
 struct BlurPrologue {
@@ -99,6 +107,9 @@ struct BlurCall {
   BlurSteps rows;                   // if channels_last
   BlurStrips strips;                // if not
   std::vector<BlurMatrix> columns;  // one for each line of the kernel, or a single one
+  std::vector<BlurBlock> blocks;    // of columns; a single one if not channels_last
+  int64_t column_step;              // that many inputs are between ...
+  int64_t column_period;            // so many outputs; one of the two is 1, the other the stride
   const void* in;
   void* out;
   BlurPrologue prologue;  // of the input; of `primal` if there is one, whose gradient is then written

@@ -79,18 +79,24 @@ inline void with_activation(BlurActivation activation, F f) {
 
 // ---- weighted sums of rows ------------------------------------------------------------------------------------------
 
-// As many sums of the same weights: each begins `step` values further in all rows.
+// As many sums of the same weights: in all rows, each begins `step` values further than the one before, and what it
+// gives `to_step` further.
 struct Repeat {
-  int64_t count = 1, step = 0;
+  int64_t count = 1, step = 0, to_step = 0;
 };
 
-// Calls put(repetition, j, weighted sum of rows at j, lanes that count) for every vector of [0, length).
+// Calls put(place, weighted sum of rows, lanes that count) for every vector of [0, length), `inner` times, and all of
+// that `outer` times.
 template <class T, int kTaps, class Put>
-inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Repeat repeat, Put put) {
+inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Repeat inner, Repeat outer, Put put) {
   const T* row[kTaps];
   Vec<T> weight[kTaps];
 #pragma GCC unroll 4
   for (int t = 0; t < kTaps; ++t) row[t] = rows[t], weight[t] = broadcast(weights[t]);
+  const auto advance = [&](int64_t step) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) row[t] += step;
+  };
   const auto sum_at = [&](auto load_at) {
     Vec<T> sum = weight[0] * load_at(row[0]);
 #pragma GCC unroll 4
@@ -98,40 +104,78 @@ inline void combine_taps(const T* const* rows, const T* weights, int64_t length,
     return sum;
   };
   const int64_t whole = length / kLanes<T> * kLanes<T>;
-  for (int64_t r = 0; r < repeat.count; ++r) {
-    for (int64_t j = 0; j < whole; j += kLanes<T>) {
-      put(r, j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
+  for (int64_t o = 0; o < outer.count; ++o) {
+    int64_t to = o * outer.to_step;
+    for (int64_t i = 0; i < inner.count; ++i) {
+      for (int64_t j = 0; j < whole; j += kLanes<T>) {
+        put(to + j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
+      }
+      if (whole < length) {
+        const Vec<T> last = sum_at([&](const T* p) { return load_partial(p + whole, length - whole); });
+        put(to + whole, last, length - whole);
+      }
+      advance(inner.step);
+      to += inner.to_step;
     }
-    if (whole < length) {
-      put(r, whole, sum_at([&](const T* p) { return load_partial(p + whole, length - whole); }), length - whole);
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) row[t] += repeat.step;
+    advance(outer.step - inner.count * inner.step);
   }
 }
 
 template <class T, class Put>
-inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Repeat repeat, Put put) {
+inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Repeat inner, Repeat outer,
+                    Put put) {
   switch (taps) {
     case 1:
-      return combine_taps<T, 1>(rows, weights, length, repeat, put);
+      return combine_taps<T, 1>(rows, weights, length, inner, outer, put);
     case 2:
-      return combine_taps<T, 2>(rows, weights, length, repeat, put);
+      return combine_taps<T, 2>(rows, weights, length, inner, outer, put);
     case 3:
-      return combine_taps<T, 3>(rows, weights, length, repeat, put);
+      return combine_taps<T, 3>(rows, weights, length, inner, outer, put);
     case 4:
-      return combine_taps<T, 4>(rows, weights, length, repeat, put);
+      return combine_taps<T, 4>(rows, weights, length, inner, outer, put);
     default:  // none, where there is nothing but zeros of the margin, or many
-      for (int64_t r = 0; r < repeat.count; ++r) {
-        for (int64_t j = 0; j < length; j += kLanes<T>) {
-          Vec<T> sum{};
-          for (int64_t t = 0; t < taps; ++t) {
-            sum = sum + weights[t] * load_up_to(rows[t] + r * repeat.step + j, length - j);
+      for (int64_t o = 0; o < outer.count; ++o) {
+        for (int64_t i = 0; i < inner.count; ++i) {
+          const int64_t from = o * outer.step + i * inner.step, to = o * outer.to_step + i * inner.to_step;
+          for (int64_t j = 0; j < length; j += kLanes<T>) {
+            Vec<T> sum{};
+            for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + from + j, length - j);
+            put(to + j, sum, std::min<int64_t>(length - j, kLanes<T>));
           }
-          put(r, j, sum, std::min<int64_t>(length - j, kLanes<T>));
         }
       }
   }
+}
+
+template <class T, class Put>
+inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Put put) {
+  combine(rows, weights, taps, length, {}, {}, put);
+}
+
+// ---- results that no cache will hold -------------------------------------------------------------------------------
+
+// From here on a result is written past the caches: it would be gone from them before anyone reads it, and would drive
+// out the input. Half of the third level of common processors; what the system says of it may be the sum of several.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+template <class S>
+inline bool is_streamed(const BlurCall& call) {
+  const int64_t values = call.batch * call.channels * call.out_height * call.out_width;
+  return std::is_same_v<S, Compute<S>> && values * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
+}
+
+template <class T>
+inline bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Vec<T>) == 0;
+}
+
+// Copies a buffer, but for its ends, past the caches.
+template <class T>
+inline void stream_copy(const T* from, int64_t length, T* to) {
+  int64_t j = 0;
+  while (j < length && !is_aligned(to + j)) to[j] = from[j], ++j;
+  for (; j + kLanes<T> <= length; j += kLanes<T>) stream(to + j, load(from + j));
+  for (; j < length; ++j) to[j] = from[j];
 }
 
 // Enough values for a thread to be worth its start.

@@ -1,135 +1,15 @@
 // Blur pooling and its transpose of channels-first maps, whose rows lie along the vector.
 //
-// The planes of a map follow each other in memory, and so do their rows: columns are blurred without regard to where a
-// row ends. A vector of outputs is a sum of shuffled inputs, whose indices and weights hold stride, padding and
-// transposition, and the shuffles of a few rows serve all rows. So rows of any length fill whole vectors.
-//
 // Some planes at a time, or a strip of a larger one, go from their input over buffers in the first level to their
-// output. A blur combines rows first, of which fewer are left then; its transpose, and kernels that are no outer
-// product, blur columns first.
+// output. Rows are combined first, by whole vectors, and what they give is blurred along its columns. Kernels that are
+// no outer product blur columns first, once for each of their lines.
 #pragma once
 
+#include "cpu/blur_pool_columns.h"
 #include "cpu/blur_pool_common.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
-
-// ---- columns --------------------------------------------------------------------------------------------------------
-
-// For a vector of outputs: weight * (inputs from `base` on, shuffled).
-template <class T>
-struct Gather {
-  using Index = typename VecOf<T>::Int;
-  Index index[kLanes<T>] = {};  // into two vectors
-  // Without a lane that has no input: what it reads is none of its own, and 0 times NaN is not 0.
-  LaneMask<T> present{};
-  T weight[kLanes<T>] = {};
-  int64_t base = 0;
-
-  Vec<T> operator()(const T* from) const {
-    const T* p = from + base;
-    IntVec<T> lanes;
-    std::memcpy(&lanes, index, sizeof(lanes));
-    return load(weight) * shuffle_or_zero<T>(load(p), load(p + kLanes<T>), lanes, present);
-  }
-};
-
-// A matrix for columns, applied to rows that follow each other. After `period` rows a vector begins where a row does,
-// unless rows are so long that their last vector need not be filled.
-template <class T>
-class Gathers {
-  static constexpr int64_t kVector = kLanes<T>;
-
- public:
-  Gathers(const BlurMatrix& matrix, int64_t inputs)
-      : inputs_(inputs), outputs_(static_cast<int64_t>(matrix.begin.size()) - 1) {
-    constexpr int64_t kLong = 8 * kVector;
-    period_ = outputs_ >= kLong ? 1 : kVector / std::gcd(outputs_, kVector);
-    const int64_t count = period_ * outputs_;
-    std::vector<std::vector<Gather<T>>> vectors;
-    for (int64_t first = 0; first < count; first += kVector) {
-      vectors.push_back(gathers_of(matrix, first, std::min(kVector, count - first)));
-      each_ = std::max(each_, static_cast<int64_t>(vectors.back().size()));
-    }
-    for (std::vector<Gather<T>>& vector : vectors) {
-      vector.resize(each_, Gather<T>{});
-      gathers_.insert(gathers_.end(), vector.begin(), vector.end());
-    }
-  }
-
-  // How many values beyond the last row of the input may be read, and count for nothing.
-  int64_t overrun() const { return 2 * kVector + (kVector / outputs_ + 2) * inputs_; }
-
-  // Calls put(offset of the outputs, sum, how many of its lanes count) for all outputs of the rows, in order.
-  template <class Put>
-  void apply(const T* from, int64_t rows, Put put) const {
-    switch (each_) {
-      case 1:
-        return apply_each<1>(from, rows, put);
-      case 2:
-        return apply_each<2>(from, rows, put);
-      case 3:
-        return apply_each<3>(from, rows, put);
-      case 4:
-        return apply_each<4>(from, rows, put);
-      default:
-        return apply_each<0>(from, rows, put);
-    }
-  }
-
- private:
-  // The gathers of the outputs from `first` on, counted over rows: lane by lane, every tap is the turn of one of them.
-  std::vector<Gather<T>> gathers_of(const BlurMatrix& matrix, int64_t first, int64_t lanes) const {
-    std::vector<Gather<T>> gathers;
-    const auto row_of = [&](int64_t l) { return (first + l) / outputs_; };
-    const auto output_of = [&](int64_t l) { return (first + l) % outputs_; };
-    const auto from = [&](int64_t l, int64_t tap) { return row_of(l) * inputs_ + matrix.taps[tap].from; };
-    int64_t next[kVector];  // tap of each lane
-    for (int64_t l = 0; l < lanes; ++l) next[l] = matrix.begin[output_of(l)];
-    const auto done = [&](int64_t l) { return next[l] == matrix.begin[output_of(l) + 1]; };
-    while (true) {
-      int64_t base = std::numeric_limits<int64_t>::max();
-      for (int64_t l = 0; l < lanes; ++l) {
-        if (!done(l)) base = std::min(base, from(l, next[l]));
-      }
-      if (base == std::numeric_limits<int64_t>::max()) return gathers;
-      Gather<T> gather;
-      gather.base = base;
-      for (int64_t l = 0; l < lanes; ++l) {
-        if (done(l) || from(l, next[l]) - base >= 2 * kVector) continue;
-        gather.index[l] = static_cast<typename Gather<T>::Index>(from(l, next[l]) - base);
-        gather.present.set(l);
-        gather.weight[l] = static_cast<T>(matrix.taps[next[l]].weight);
-        ++next[l];
-      }
-      gathers.push_back(gather);
-    }
-  }
-
-  // kEach gathers for each vector, or as many as there are if it is 0.
-  template <int kEach, class Put>
-  void apply_each(const T* from, int64_t rows, Put put) const {
-    const int64_t each = kEach > 0 ? kEach : each_, period = period_, in_step = period * inputs_;
-    const int64_t out_step = period * outputs_, end = rows * outputs_;
-    const Gather<T>* const gathers = gathers_.data();
-    for (int64_t at = 0; at < end; at += out_step, from += in_step) {
-      const Gather<T>* gather = gathers;
-      const int64_t stop = std::min(out_step, end - at);
-      for (int64_t j = 0; j < stop; j += kVector, gather += each) {
-        Vec<T> sum{};
-#pragma GCC unroll 4
-        for (int64_t g = 0; g < each; ++g) sum = sum + gather[g](from);
-        put(at + j, sum, std::min(stop - j, kVector));
-      }
-    }
-  }
-
-  int64_t inputs_, outputs_, period_;
-  int64_t each_ = 0;  // gathers for each vector of a period
-  std::vector<Gather<T>> gathers_;
-};
-
-// ---- some planes, or a strip of one ---------------------------------------------------------------------------------
 
 template <class S>
 class BlurPlanes {
@@ -137,9 +17,17 @@ class BlurPlanes {
   static constexpr int64_t kVector = kLanes<T>;
 
  public:
-  BlurPlanes(const BlurCall& call, const std::vector<Gathers<T>>& gathers)
-      : call_(call), gathers_(gathers), rows_first_(!call.transpose && gathers.size() == 1) {
+  BlurPlanes(const BlurCall& call, const std::vector<BlurColumns<T>>& columns)
+      : call_(call),
+        columns_(columns),
+        rows_first_(columns.size() == 1),
+        streamed_(is_streamed<S>(call)),
+        buffered_(streamed_ || call.primal != nullptr) {
     planes_ = planes_at_a_time(call);
+    for (const BlurColumns<T>& line : columns) {
+      before_ = std::max(before_, line.before());
+      after_ = std::max(after_, line.after());
+    }
     Arena count;
     place(count);
     bytes_ = count.used();
@@ -164,44 +52,45 @@ class BlurPlanes {
     strip_ = &call_.strips.strips[strip];
     plane_ = plane;
     const T* in = input(planes);
-    if (rows_first_) {
-      combine_rows(in, call_.in_width, planes, combined_);
-      S* out = output(plane);
-      gathers_[0].apply(combined_, planes * strip_->outputs(),
-                        [=](int64_t at, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(out + at, sum, lanes); });
-      return;
+    if (!buffered_) return blur(in, planes, output(plane));
+    blur(in, planes, result_);
+    const int64_t size = strip_->outputs() * call_.out_width;
+    if (call_.primal != nullptr) {
+      for (int64_t p = 0; p < planes; ++p) write_gradient(plane + p, result_ + p * size);
     }
-    for (size_t line = 0; line < gathers_.size(); ++line) {
-      T* to = blurred_ + static_cast<int64_t>(line) * line_size();
-      gathers_[line].apply(in, planes * strip_->rows,
-                           [=](int64_t at, Vec<T> sum, int64_t lanes) { store_up_to(to + at, sum, lanes); });
+    if constexpr (std::is_same_v<S, T>) {
+      if (streamed_) stream_copy(result_, planes * size, output(plane));
     }
-    if (call_.primal == nullptr && call_.strips.period == 1) {
-      combine_rows(blurred_, call_.out_width, planes, output(plane));
-      return;
-    }
-    // Series leave gaps at first, and memory wants to be written in order.
-    combine_rows(blurred_, call_.out_width, planes, combined_);
-    if (call_.primal == nullptr) {
-      S* out = output(plane);
-      const int64_t length = planes * strip_->outputs() * call_.out_width;
-      for (int64_t j = 0; j < length; j += kVector) {
-        store_as_storage_up_to(out + j, load(combined_ + j), length - j);
-      }
-      return;
-    }
-    for (int64_t p = 0; p < planes; ++p) write_gradient(plane + p, combined_ + p * strip_->outputs() * call_.out_width);
   }
 
  private:
-  int64_t line_size() const { return planes_ * call_.strips.most_rows * call_.out_width + kVector; }
+  int64_t line_size() const { return planes_ * call_.strips.most_rows * call_.out_width; }
 
   void place(Arena& arena) {
-    const int64_t overrun = gathers_[0].overrun();
-    input_ = arena.take<T>(planes_ * call_.strips.most_rows * call_.in_width + overrun);
-    const int64_t width = rows_first_ ? call_.in_width : call_.out_width;
-    combined_ = arena.take<T>(planes_ * call_.strips.most_outputs * width + overrun);
-    blurred_ = arena.take<T>(rows_first_ ? 0 : static_cast<int64_t>(gathers_.size()) * line_size());
+    const int64_t rows = planes_ * call_.strips.most_rows, outputs = planes_ * call_.strips.most_outputs;
+    input_ = arena.take<T>(before_ + rows * call_.in_width + after_);
+    combined_ = arena.take<T>(rows_first_ ? before_ + outputs * call_.in_width + after_ : before_);
+    blurred_ = arena.take<T>(rows_first_ ? 0 : static_cast<int64_t>(columns_.size()) * line_size());
+    result_ = arena.take<T>(buffered_ ? outputs * call_.out_width : 0);
+    sources_ = arena.take<const T*>(call_.strips.most_taps);
+    weights_ = arena.take<T>(call_.strips.most_taps);
+    if (arena.holds_memory()) {
+      input_ += before_;
+      combined_ += before_;
+    }
+  }
+
+  // The strip of some planes, whose rows begin at `in`.
+  template <class To>
+  void blur(const T* in, int64_t planes, To* to) const {
+    if (rows_first_) {
+      combine_rows(in, call_.in_width, planes, combined_);
+      return columns_[0].apply(combined_, planes * strip_->outputs(), to);
+    }
+    for (size_t line = 0; line < columns_.size(); ++line) {
+      columns_[line].apply(in, planes * strip_->rows, blurred_ + static_cast<int64_t>(line) * line_size());
+    }
+    combine_rows(blurred_, call_.out_width, planes, to);
   }
 
   S* output(int64_t plane) const {
@@ -217,9 +106,7 @@ class BlurPlanes {
       // Several planes lie together where the strip is all of a plane.
       const bool together = runs == 1 && (planes == 1 || strip_->rows == call_.in_height);
       const S* first = all + plane_ * plane_size + (runs > 0 ? strip_->runs[0].from * call_.in_width : 0);
-      const S* end = all + call_.batch * call_.channels * plane_size;
-      const int64_t read = planes * strip_->rows * call_.in_width + (rows_first_ ? 0 : gathers_[0].overrun());
-      if (!prologue && together && end - first >= read) return first;
+      if (!prologue && together && rows_first_) return first;  // else more than the rows is read
     }
     T* to = input_;
     const T temperature = static_cast<T>(call_.prologue.temperature);
@@ -252,43 +139,28 @@ class BlurPlanes {
   template <class To>
   void combine_rows(const T* from, int64_t width, int64_t planes, To* to) const {
     const BlurStrips& strips = call_.strips;
-    const T* rows[kMostHeld];
-    T weights[kMostHeld];
-    for (int64_t p = 0; p < planes; ++p, from += strip_->rows * width, to += strip_->outputs() * width) {
-      for (int64_t s = strip_->first_series; s < strip_->last_series; ++s) {
-        const BlurStrips::Series& series = strips.series[s];
-        const BlurStrips::Tap* tap = strips.taps.data() + strips.begin[series.first];
-        const int64_t taps = strips.begin[series.first + 1] - strips.begin[series.first];
-        To* const out = to + (series.first - strip_->first) * width;
-        const int64_t out_step = strips.period * width;
-        const auto row_of = [&](int64_t t) { return from + tap[t].row * width + tap[t].line * line_size(); };
-        const auto put = [=](int64_t r, int64_t j, Vec<T> sum, int64_t lanes) {
-          store_as_storage_up_to(out + r * out_step + j, sum, lanes);
-        };
-        if (taps <= kMostHeld) {
-          for (int64_t t = 0; t < taps; ++t) rows[t] = row_of(t), weights[t] = static_cast<T>(tap[t].weight);
-          // Rows that follow each other in both are as good as one.
-          const bool one = strips.period == 1 && series.step == 1;
-          combine(rows, weights, taps, one ? series.count * width : width,
-                  one ? Repeat{} : Repeat{series.count, series.step * width}, put);
-          continue;
-        }
-        for (int64_t r = 0; r < series.count; ++r) {  // margins many times as large as the map
-          for (int64_t j = 0; j < width; j += kVector) {
-            Vec<T> sum{};
-            for (int64_t t = 0; t < taps; ++t) {
-              const T* row = row_of(t) + r * series.step * width;
-              sum = sum + static_cast<T>(tap[t].weight) * load_up_to(row + j, width - j);
-            }
-            put(r, j, sum, std::min(width - j, kVector));
-          }
-        }
+    const Repeat plane{planes, strip_->rows * width, strip_->outputs() * width};
+    for (int64_t s = strip_->first_series; s < strip_->last_series; ++s) {
+      const BlurSeries& series = strips.series[s];
+      const BlurTap* tap = strips.matrix.taps.data() + strips.matrix.begin[series.first];
+      const int64_t taps = strips.matrix.begin[series.first + 1] - strips.matrix.begin[series.first];
+      for (int64_t t = 0; t < taps; ++t) {
+        sources_[t] = from + tap[t].from * width + tap[t].line * line_size();
+        weights_[t] = static_cast<T>(tap[t].weight);
       }
+      To* const out = to + (series.first - strip_->first) * width;
+      // Rows that follow each other in both are as good as one.
+      const bool one = strips.period == 1 && series.step == 1;
+      const int64_t length = one ? series.count * width : width;
+      const Repeat row = one ? Repeat{} : Repeat{series.count, series.step * width, strips.period * width};
+      combine(sources_, weights_, taps, length, row, plane,
+              [=](int64_t at, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(out + at, sum, lanes); });
     }
   }
 
-  // The gradient of x from that of u, and what the strip of a plane adds to those of scale and shift.
-  void write_gradient(int64_t plane, const T* grad) const {
+  // The gradient of x from that of u, over it if it is streamed, and what the strip of a plane adds to those of scale
+  // and shift.
+  void write_gradient(int64_t plane, T* grad) const {
     const int64_t length = strip_->outputs() * call_.out_width;
     const S* primal = static_cast<const S*>(call_.primal) + (output(plane) - static_cast<S*>(call_.out));
     S* to = output(plane);
@@ -305,7 +177,7 @@ class BlurPlanes {
         const auto step = [&](int64_t j, int64_t lanes) {
           const Vec<T> x = load_as_compute_up_to(primal + j, lanes), g = load_up_to(grad + j, lanes);
           const Vec<T> dz = activate_backward<T, activation()>(x * scale + shift, g, temperature);
-          store_as_storage_up_to(to + j, dz * scale, lanes);
+          streamed_ ? store_up_to(grad + j, dz * scale, lanes) : store_as_storage_up_to(to + j, dz * scale, lanes);
           scale_part = scale_part + dz * x;  // beyond the end, g and x are zero
           shift_part = shift_part + dz;
         };
@@ -322,32 +194,32 @@ class BlurPlanes {
     call_.shift_partial[at] = shift_sum;
   }
 
-  static constexpr int64_t kMostHeld = 16;
-
   const BlurCall& call_;
-  const std::vector<Gathers<T>>& gathers_;
-  const bool rows_first_;
-  int64_t planes_, bytes_;
-  T *input_, *combined_, *blurred_;
+  const std::vector<BlurColumns<T>>& columns_;
+  const bool rows_first_, streamed_, buffered_;
+  int64_t planes_, bytes_, before_ = 0, after_ = 0;
+  T *input_, *combined_, *blurred_, *result_, *weights_;
+  const T** sources_;
   const BlurStrip* strip_;
   int64_t strip_number_, plane_;
 };
 
 template <class S>
 void blur_planes(const BlurCall& call) {
-  std::vector<Gathers<Compute<S>>> gathers;
-  for (const BlurMatrix& matrix : call.columns) gathers.emplace_back(matrix, call.in_width);
+  std::vector<BlurColumns<Compute<S>>> columns;
+  for (size_t line = 0; line < call.columns.size(); ++line) columns.emplace_back(call, line);
   const int64_t planes = call.batch * call.channels, at_a_time = BlurPlanes<S>::planes_at_a_time(call);
   const int64_t strips = call.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
   const int64_t work = at_a_time * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
   parallel_for(chunks * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
-    BlurPlanes<S> worker(call, gathers);
+    BlurPlanes<S> worker(call, columns);
     const Scratch scratch(worker.bytes());
     worker.bind(scratch.data());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / strips * at_a_time;
       worker.run(plane, std::min(at_a_time, planes - plane), task % strips);
     }
+    finish_streaming();
   });
 }
 

@@ -55,6 +55,27 @@ inline void store(T* p, Vec<T> x) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = x;
 }
 
+// Stores to an address that is a multiple of a vector's bytes, past the caches: nothing is read from memory first. What
+// is stored is there for other threads after `finish_streaming`.
+template <class T>
+inline void stream(T* p, Vec<T> x) {
+#if VITFAST_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+#elif VITFAST_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)x);
+#else
+  store(p, x);
+#endif
+}
+
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Lane l holds l.
 template <class T, int... L>
 inline Vec<T> lane_index(std::integer_sequence<int, L...>) {
@@ -129,36 +150,6 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
   }
 #else
   return a > b ? a : b;
-#endif
-}
-
-// Some lanes of a vector.
-template <class T>
-struct LaneMask {
-#if VITFAST_VECTOR_BYTES == 64
-  std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8> bits = 0;
-
-  void set(int64_t lane) { bits = static_cast<decltype(bits)>(bits | 1u << lane); }
-#else
-  typename VecOf<T>::Int lanes[kLanes<T>] = {};
-
-  void set(int64_t lane) { lanes[lane] = -1; }
-#endif
-};
-
-// Lane l holds what is at index[l] of x and y together, and 0 if it is not in the mask.
-template <class T>
-inline Vec<T> shuffle_or_zero(Vec<T> x, Vec<T> y, IntVec<T> index, const LaneMask<T>& mask) {
-#if VITFAST_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_maskz_permutex2var_ps(mask.bits, (__m512)x, (__m512i)index, (__m512)y);
-  } else {
-    return (Vec<T>)_mm512_maskz_permutex2var_pd(mask.bits, (__m512d)x, (__m512i)index, (__m512d)y);
-  }
-#else
-  IntVec<T> kept;
-  std::memcpy(&kept, mask.lanes, sizeof(kept));
-  return (Vec<T>)((IntVec<T>)__builtin_shuffle(x, y, index) & kept);
 #endif
 }
 

@@ -171,8 +171,6 @@ Call call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& ke
              const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation,
              double temperature, bool channels_last, bool transpose) {
   check_blur_kernel(kernel);
-  check_blur(kernel.scalar_type() == ScalarType::Double || kernel.scalar_type() == ScalarType::Float,
-             "kernel must be float32 or float64");
   check_blur(kernel.get_device_index() == like.get_device_index() && !kernel.is_cpu(), "kernel must be beside the map");
   check_blur(stride.size() == 2 && padding.size() == 4, "stride takes 2 numbers, padding 4");
   check_blur(0 <= activation && activation <= 3, "activation is unknown");

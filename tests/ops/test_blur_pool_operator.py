@@ -159,6 +159,12 @@ CASES = [
     ),
     *(Case(size=(56, 56), taps=taps, stride=stride, batch=1) for taps, stride in ((3, 2), (2, 1), (4, 2))),
     *(Case(size=(9, 70), taps=7, stride=stride, mode="circular") for stride in (1, 2, 5)),
+    *(  # many channels: few columns at a time in channels_last
+        Case(size=(9, 31), taps=taps, stride=stride, mode=mode, batch=1, channels=200)
+        for taps, stride in ((3, 1), (4, 2), ((3, 2), 1), (5, 3))
+        for mode in ("reflect", "circular")
+    ),
+    Case(size=(3, 25), taps=3, stride=1, batch=1, channels=2100),
     Case(stride=(2, 1), taps=(3, 2)),
     Case(padding=(2, 0, 1, 3), mode="zeros"),
     Case(padding=(9, 12, 0, 20), size=(6, 5)),
@@ -222,6 +228,33 @@ def test_the_same_bits_for_any_number_of_threads(threads, channels_last):
         found.append(results(case, tensors, grad))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", [16, 17])
+def test_large_maps_which_are_written_past_the_caches(channels, channels_last, prologue):
+    activation = "relu" if prologue else None
+    case = Case((520, 513), 3, 1, "reflect", None, prologue, activation, channels_last, batch=1, channels=channels)
+    tensors = case.tensors(torch.float32)
+    grad = torch.randn(1, channels, *case.size)
+    assert grad.nbytes > 2**24
+    found = results(case, tensors, grad)
+    half = slice(0, 520 // 2 + 1), slice(0, 520 // 2)  # the upper half of the map, and of what does not see the lower
+    small = results(case, (tensors[0][:, :, half[0]], *tensors[1:]), grad[:, :, half[0]])
+    assert_close(found[0][:, :, half[1]], small[0][:, :, half[1]], rtol=1e-6, atol=1e-6)
+    inner = slice(0, 520 // 2 - 1)  # the gradient of an output at the edge is reflected
+    assert_close(found[1][:, :, inner], small[1][:, :, inner], rtol=1e-6, atol=1e-6)
+    if prologue:
+        exact = results(case, tuple(t.double() for t in tensors), grad)
+        for value, expected in zip(found[2:], exact[2:], strict=True):
+            assert_close(value.double(), expected, rtol=1e-4, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_of_any_dtype(dtype):
+    x = torch.randn(2, 3, 9, 8)
+    assert_close(blur_pool2d(x, PASCAL[3].to(dtype), stride=2), blur_pool2d(x, PASCAL[3], stride=2), rtol=0, atol=0)
 
 
 def test_strides_of_neither_memory_format():
@@ -363,7 +396,7 @@ def test_bad_arguments(error, message, arguments):
         {"x": X[:, :, ::2]},
         {"kernel": TAPS.double()},
         {"kernel": torch.ones(3, 8).double()},
-        {"kernel": torch.ones(3, 3)},
+        {"kernel": torch.ones(3, 3).half()},
         {"stride": [0, 1]},
         {"stride": [1]},
         {"padding": [1, 1]},
