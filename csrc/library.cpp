@@ -35,6 +35,8 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
       "layer_norm_tangents(Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? grad, Tensor? x_t, Tensor? "
       "weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? x_grad_t, Tensor(c!)? "
       "weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
+  // Of a linear layer: weight = grad^T x and bias = the sum of grad's rows, or these added to them.
+  m.def("weight_gradient(Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!)? bias, bool add) -> ()");
   m.def(
       "window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float "
       "scale, bool return_lse) -> (Tensor output, Tensor lse)");
@@ -67,6 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
   m.impl("gelu_tangents", TORCH_BOX(&vitfast::gelu_tangents_cpu));
   m.impl("layer_norm_tangents", TORCH_BOX(&vitfast::layer_norm_tangents_cpu));
+  m.impl("weight_gradient", TORCH_BOX(&vitfast::weight_gradient_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));
   m.impl("window_attention_qkvpacked", TORCH_BOX(&vitfast::window_attention_qkvpacked_cpu));

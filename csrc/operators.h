@@ -55,6 +55,8 @@ void layer_norm_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, std::optiona
                              std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
                              std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t);
 
+void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, bool add);
+
 std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,
                                                 double scale, bool return_lse);

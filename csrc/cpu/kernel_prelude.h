@@ -31,4 +31,5 @@
 #include "cpu/layer_norm.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/weight_gradient.h"
 #include "cpu/window_attention.h"

@@ -16,6 +16,7 @@
 #include "cpu/blur_pool_kernel.h"
 #include "cpu/gelu_kernel.h"
 #include "cpu/layer_norm_kernel.h"
+#include "cpu/weight_gradient_kernel.h"
 #include "cpu/window_attention_kernel.h"
 
 #pragma GCC pop_options

@@ -12,4 +12,7 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, count, grain, f);
 }
 
+// How many threads share the runs at most.
+inline int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 }  // namespace vitfast::cpu

@@ -145,3 +145,95 @@ def test_forced_reference_is_pytorchs():
     tensors = make(dtype=torch.float32)
     with vitfast.backend("reference"):
         assert torch.equal(linear(*tensors), F.linear(*tensors))
+
+
+# ---- gradients of weights and biases ---------------------------------------------------------------------------------
+
+
+def gradients(grad, x, weight=None, bias=None):
+    """Those of weight and bias by the operator, added to given ones."""
+    add = weight is not None
+    if not add:
+        weight, bias = torch.full((grad.shape[1], x.shape[1]), torch.nan), torch.full((grad.shape[1],), torch.nan)
+    torch.ops.vitfast.weight_gradient(grad, x, weight, bias, add)
+    return weight, bias
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (9, 48), (17, 64), (145, 96), (300, 208), (40, 784)])
+def test_gradients_of_weights(rows, outputs, inputs):
+    grad, x = torch.randn(rows, outputs), torch.randn(rows, inputs)
+    weight, bias = gradients(grad, x)
+    exact = grad.double().t() @ x.double()
+    assert_close_to_reference(weight, grad.t() @ x, exact)
+    assert_close_to_reference(bias, grad.sum(0), grad.double().sum(0))
+    more_weight, more_bias = gradients(grad, x, torch.ones_like(weight), torch.ones_like(bias))
+    assert_close_to_reference(more_weight, 1 + grad.t() @ x, 1 + exact)
+    assert_close_to_reference(more_bias, 1 + grad.sum(0), 1 + grad.double().sum(0))
+
+
+def test_gradients_of_weights_in_all_instruction_sets(instruction_set):
+    grad, x = torch.randn(300, 77), torch.randn(300, 112)
+    weight, bias = gradients(grad, x)
+    assert_close_to_reference(weight, grad.t() @ x, grad.double().t() @ x.double())
+    assert_close_to_reference(bias, grad.sum(0), grad.double().sum(0))
+
+
+def test_gradients_of_weights_from_rows_that_are_apart():
+    grad, x = torch.randn(300, 3, 40)[:, 1], torch.randn(600, 80)[::2, 16:64]
+    assert_close(gradients(grad, x), (grad.t() @ x, grad.sum(0)), rtol=1e-4, atol=1e-4)
+    weight = torch.empty(40, 48)
+    torch.ops.vitfast.weight_gradient(grad, x, weight, None, False)
+    assert_close(weight, grad.t() @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_weights_are_the_same_for_any_number_of_threads(threads):
+    grad, x = torch.randn(1000, 200), torch.randn(1000, 96)
+    found = []
+    for count in (1, 2, 5):
+        threads(count)
+        found.append(gradients(grad, x))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_the_kernel_is_called():
+    grad, x = torch.randn(5, 3), torch.randn(5, 16)
+    assert operator._has_kernel(grad, x)
+    for others in ((grad.double(), x.double()), (grad, x[:, 1:]), (grad, x.t().contiguous().t()), (grad[:0], x[:0])):
+        assert not operator._has_kernel(*others)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("channels", [16, 17])
+def test_parameter_gradients_of_blocks(channels, needed):
+    grad, x = torch.randn(20, 3), torch.randn(20, channels)
+    sums = (None, None)
+    for block in (slice(0, 7), slice(7, 20)):
+        sums = operator.parameter_gradients(grad[block], x[block], needed, sums)
+    for value, expected, is_needed in zip(sums, (grad.t() @ x, grad.sum(0)), needed, strict=True):
+        assert (value is not None) == is_needed
+        if is_needed:
+            assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grad": torch.randn(6, 3)},
+        {"grad": torch.randn(5, 3).double()},
+        {"x": torch.randn(5, 17), "weight": torch.empty(3, 17)},
+        {"x": torch.randn(16, 5).t()},
+        {"weight": torch.empty(3, 32)},
+        {"weight": torch.empty(16, 3).t()},
+        {"bias": torch.empty(4)},
+        {"bias": torch.empty(3).double()},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_operator_itself_stays_within_bounds(changes):
+    arguments = {"grad": torch.randn(5, 3), "x": torch.randn(5, 16), "weight": torch.empty(3, 16)}
+    arguments |= {"bias": torch.empty(3), "add": False}
+    torch.ops.vitfast.weight_gradient(**arguments)
+    with pytest.raises(RuntimeError, match="vitfast::weight_gradient"):
+        torch.ops.vitfast.weight_gradient(**(arguments | changes))

@@ -4,6 +4,9 @@ PyTorch multiplies float32 matrices on the CPU by a BLAS, which adds to an outpu
 written, read and written again. oneDNN, which PyTorch carries for 16-bit matrices, convolutions and compiled code, adds
 the bias on the way out, and is the faster of the two also without one. `DESIGN.md` has the figures.
 
+Gradients of weights and biases have a kernel of our own (`weight_gradient_kernel.h`): the BLAS is slow where rows are
+many and the weight is small, oneDNN slower still, and the sum of the bias's gradient would be a pass of its own.
+
 Whatever else comes is `torch.nn.functional.linear`: other dtypes, of which the 16-bit ones go to oneDNN anyway, other
 devices, transforms of `torch.func`, `torch.compile`, autocast, and a PyTorch without oneDNN or where it is switched
 off.
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from vitfast.ops import _extension
 from vitfast.ops._rules import is_autocast, is_batched_gradient, is_transformed, records_gradients
 from vitfast.ops.backend import is_chosen
 
@@ -59,6 +63,43 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def parameter_gradients(
+    grad: Tensor, x: Tensor, needed: tuple[bool, bool], sums: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of W and b of y = x W^T + b: G^T x, and the sum of the rows of G.
+
+    Args:
+        grad: G, that of y, a matrix.
+        x: a matrix.
+        needed: whether that of W is needed, and that of b.
+        sums: what an earlier call returned, which this one adds to.
+    """
+    weight, bias = sums
+    wants_weight, wants_bias = needed
+    add = weight is not None or bias is not None
+    if wants_weight and _has_kernel(grad, x):
+        if not add:
+            weight = x.new_empty(grad.shape[1], x.shape[1])
+            bias = grad.new_empty(grad.shape[1]) if wants_bias else None
+        torch.ops.vitfast.weight_gradient(grad, x, weight, bias, add)
+        return weight, bias
+    if wants_weight:
+        weight = weight.addmm_(grad.t(), x) if add else grad.t() @ x
+    if wants_bias:
+        bias = bias.add_(grad.sum(0)) if add else grad.sum(0)
+    return weight, bias
+
+
+def _has_kernel(grad: Tensor, x: Tensor) -> bool:
+    """Whether `torch.ops.vitfast.weight_gradient` serves the matrices: it stores whole vectors."""
+    return (
+        grad.dtype == x.dtype == torch.float32
+        and x.shape[1] % 16 == 0
+        and 0 not in grad.shape
+        and grad.stride(1) == x.stride(1) == 1
+    )
+
+
 def _onednn_serves() -> bool:
     return _has_linear and torch.backends.mkldnn.enabled
 
@@ -90,12 +131,16 @@ class Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows, grads = rows_of(x), rows_of(grad)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product(grads, weight.t()) if is_plain_backward(grad) else grads @ weight
-            grad_x = grad_x.reshape(x.shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = grads.t() @ rows
-        if ctx.needs_input_grad[2]:
-            grad_bias = grads.sum(0)
-        return grad_x, grad_weight, grad_bias
+        wants_x, *needed = ctx.needs_input_grad
+        plain = is_plain_backward(grad)
+        grad_x = None
+        if wants_x:
+            grad_x = (product(grads, weight.t()) if plain else grads @ weight).reshape(x.shape)
+        if plain:
+            return grad_x, *parameter_gradients(grads, rows, needed)
+        wants_weight, wants_bias = needed
+        return grad_x, grads.t() @ rows if wants_weight else None, grads.sum(0) if wants_bias else None
+
+
+if _extension.available():  # it returns nothing, and so does its fake
+    torch.library.register_fake("vitfast::weight_gradient", lambda *tensors: None)

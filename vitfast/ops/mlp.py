@@ -22,7 +22,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._rules import records_gradients
-from vitfast.ops.linear import is_plain_backward, is_plain_call, product, rows_of
+from vitfast.ops.linear import is_plain_backward, is_plain_call, parameter_gradients, product, rows_of
 
 # Rows at a time. Fewer, and the matrix products lose speed; many more, and the hidden values outgrow the caches.
 _ROWS = 2048
@@ -75,29 +75,21 @@ def _backward(
     """The gradients of x, W1, b1, W2 and b2, as far as they are needed."""
     weight1, _, weight2, _ = weights
     rows, grads = rows_of(x), rows_of(grad)
+    if len(rows) == 0:
+        return tuple(
+            torch.zeros_like(t) if is_needed else None for t, is_needed in zip((x, *weights), needed, strict=True)
+        )
     grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format) if needed[0] else None
-    grad_weight1 = torch.zeros_like(weight1, memory_format=torch.contiguous_format) if needed[1] else None
-    grad_bias1 = weight1.new_zeros(len(weight1)) if needed[2] else None
-    grad_weight2 = torch.zeros_like(weight2, memory_format=torch.contiguous_format) if needed[3] else None
-    scratch = torch.empty_like(hidden[0]) if hidden else None  # the first block is the largest
+    first = second = None, None  # of weight and bias of the linear layers
+    scratch = torch.empty_like(hidden[0])  # the first block is the largest
     for block, before in zip(_blocks(rows), hidden, strict=True):
         grad_hidden, activated = product(grads[block], weight2.t()), scratch[: len(before)]
         torch.ops.vitfast.gelu_backward(before, activated, grad_hidden)
-        if grad_weight2 is not None:
-            grad_weight2.addmm_(grads[block].t(), activated)
-        if grad_bias1 is not None:
-            grad_bias1 += grad_hidden.sum(0)
-        if grad_weight1 is not None:
-            grad_weight1.addmm_(grad_hidden.t(), rows[block])
+        second = parameter_gradients(grads[block], activated, needed[3:], sums=second)
+        first = parameter_gradients(grad_hidden, rows[block], needed[1:3], sums=first)
         if grad_x is not None:
             grad_x[block] = product(grad_hidden, weight1.t())
-    return (
-        None if grad_x is None else grad_x.reshape(x.shape),
-        grad_weight1,
-        grad_bias1,
-        grad_weight2,
-        grads.sum(0) if needed[4] else None,
-    )
+    return None if grad_x is None else grad_x.reshape(x.shape), *first, *second
 
 
 class Mlp(torch.autograd.Function):
