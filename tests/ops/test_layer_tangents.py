@@ -142,11 +142,15 @@ def test_lower_precision_is_left_to_the_formulas():
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_sums_of_products(order, begun, transposed):
-    a, b, a_t, b_t, start = tensors((7, 5), (5, 4), (K, 7, 5), (K, 5, 4), (K, 1, 4), dtype=torch.float64)
+@pytest.mark.parametrize(("columns", "dtype"), [(4, torch.float64), (16, torch.float32)], ids=str)
+def test_sums_of_products(order, begun, transposed, columns, dtype):
+    shapes = (7, 5), (5, columns), (K, 7, 5), (K, 5, columns), (K, 1, columns)
+    a, b, a_t, b_t, start = tensors(*shapes, dtype=dtype)
     if transposed:
-        a_t, b_t = (t.mT.contiguous().mT for t in (a_t, b_t))
-    total = Products(K, 7, 4)
+        a, a_t = (t.mT.contiguous().mT for t in (a, a_t))  # of which float32 goes to the kernel of weight gradients
+        if columns == 4:
+            b_t = b_t.mT.contiguous().mT
+    total = Products(K, 7, columns)
     total.begin(start if begun else None)
     for i in order:
         total.add(*((a_t, b), (a, b_t))[i])

@@ -199,9 +199,9 @@ def test_gradients_of_weights_are_the_same_for_any_number_of_threads(threads):
 
 def test_the_kernel_is_called():
     grad, x = torch.randn(5, 3), torch.randn(5, 16)
-    assert operator._has_kernel(grad, x)
+    assert operator.has_gradient_kernel(grad, x)
     for others in ((grad.double(), x.double()), (grad, x[:, 1:]), (grad, x.t().contiguous().t()), (grad[:0], x[:0])):
-        assert not operator._has_kernel(*others)
+        assert not operator.has_gradient_kernel(*others)
 
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)], ids=str)

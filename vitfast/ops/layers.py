@@ -14,7 +14,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._tangents import count_of, mapped
-from vitfast.ops.linear import product
+from vitfast.ops.linear import has_gradient_kernel, product
 
 # ---- sums of matrix products -----------------------------------------------------------------------------------------
 
@@ -51,7 +51,15 @@ class Products:
         self._total.view(len(rows), -1).addmm_(rows, b)
 
     def _add_pairs(self, a: Tensor, b: Tensor) -> None:
-        if self._total is None:
+        if len(a) > 0 and has_gradient_kernel(a[0].t(), b[0]):  # a is the transpose of what lies in memory
+            add = self._total is not None
+            if not add:
+                self._total = b.new_empty(self._shape)
+            elif not self._is_own:
+                self._total = self._total.clone(memory_format=torch.contiguous_format)
+            for columns, rows, out in zip(a, b, self._total, strict=True):
+                torch.ops.vitfast.weight_gradient(columns.t(), rows, out, None, add)
+        elif self._total is None:
             self._total = torch.bmm(a, b)
         elif self._is_own:
             self._total.baddbmm_(a, b)

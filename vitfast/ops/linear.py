@@ -58,7 +58,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of matrices; W may be a transposed view."""
-    if x.dtype != torch.float32 or not _onednn_serves() or len(x) == 0:
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn_serves() or len(x) == 0:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -77,7 +77,7 @@ def parameter_gradients(
     weight, bias = sums
     wants_weight, wants_bias = needed
     add = weight is not None or bias is not None
-    if wants_weight and _has_kernel(grad, x):
+    if wants_weight and has_gradient_kernel(grad, x):
         if not add:
             weight = x.new_empty(grad.shape[1], x.shape[1])
             bias = grad.new_empty(grad.shape[1]) if wants_bias else None
@@ -90,10 +90,11 @@ def parameter_gradients(
     return weight, bias
 
 
-def _has_kernel(grad: Tensor, x: Tensor) -> bool:
+def has_gradient_kernel(grad: Tensor, x: Tensor) -> bool:
     """Whether `torch.ops.vitfast.weight_gradient` serves the matrices: it stores whole vectors."""
     return (
-        grad.dtype == x.dtype == torch.float32
+        is_chosen("cpu", x.device)
+        and grad.dtype == x.dtype == torch.float32
         and x.shape[1] % 16 == 0
         and 0 not in grad.shape
         and grad.stride(1) == x.stride(1) == 1
