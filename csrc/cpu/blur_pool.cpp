@@ -243,7 +243,6 @@ BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int6
       }
       const int64_t end = static_cast<int64_t>(steps.loads.size());
       steps.groups.push_back({first, last, begin, end});
-      steps.most_loads = std::max(steps.most_loads, end - begin);
     }
     steps.slots = std::max(steps.slots, static_cast<int64_t>(held.size()));
   }

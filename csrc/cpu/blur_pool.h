@@ -48,7 +48,7 @@ struct BlurSteps {
   std::vector<int64_t> strips;  // strip s has the groups in [strips[s], strips[s + 1]) and finds no slot filled
   std::vector<int64_t> begin;   // output o has the taps in [begin[o], begin[o + 1])
   std::vector<Tap> taps;
-  int64_t slots = 0, most_loads = 0, most_taps = 0;  // of a group, and of an output
+  int64_t slots = 0, most_taps = 0;  // of an output
 
   int64_t strip_count() const { return static_cast<int64_t>(strips.size()) - 1; }
 };

@@ -36,6 +36,7 @@ void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Ten
   call.rows = grad.size(0), call.outputs = grad.size(1), call.inputs = x.size(1);
   check(x.size(0) == call.rows && call.inputs % cpu::kWeightGradientInputs == 0,
         "grad and x must have as many rows, and x a multiple of 16 columns");
+  check(call.rows > 0 && call.outputs > 0 && call.inputs > 0, "grad and x must have elements");
   check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.dim() == 2 &&
             weight.size(0) == call.outputs && weight.size(1) == call.inputs,
         "weight must be a contiguous float32 matrix, (columns of grad, columns of x)");

@@ -241,3 +241,18 @@ def test_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(fused(name)(*tensors), fused(name)(*tensors))
         assert fused(name)(*tensors).dtype == torch.float32
+
+
+@pytest.mark.parametrize("pack", [torch.clone, lambda t: t.contiguous().clone()], ids=["clone", "contiguous"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_what_is_saved_may_be_laid_out_otherwise(channels_last, pack):
+    """Hooks on saved tensors return copies, such as those that keep them on another device."""
+    x = torch.randn(2, 3, 8, 18, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last)[..., ::2] if channels_last else x.transpose(2, 3)
+    x.requires_grad_()
+    options = {"stride": 2, "activation": "relu"}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = blur_pool2d(x, KERNEL, **options)
+    with vitfast.backend("reference"):
+        expected = torch.autograd.grad(blur_pool2d(x, KERNEL, **options).square().sum(), x)[0]
+    assert_close(torch.autograd.grad(output.square().sum(), x)[0], expected)

@@ -72,9 +72,10 @@ def test_an_operator_that_changed_is_not_called(monkeypatch):
     assert not operator._find_linear()
 
 
-@pytest.mark.parametrize("shape", [(0,), (2, 0, 3), ()], ids=str)
-def test_shapes_at_the_edge(shape):
-    tensors, grad = make(shape, dtype=torch.float32), torch.randn(*shape, 4)
+@pytest.mark.parametrize("channels", [0, 5, 16])
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3), (), (2, 3)], ids=str)
+def test_shapes_at_the_edge(shape, channels):
+    tensors, grad = make(shape, channels, dtype=torch.float32), torch.randn(*shape, 4)
     for ours, theirs in zip(
         output_and_gradients(linear, tensors, grad), output_and_gradients(F.linear, tensors, grad), strict=True
     ):
@@ -200,7 +201,13 @@ def test_gradients_of_weights_are_the_same_for_any_number_of_threads(threads):
 def test_the_kernel_is_called():
     grad, x = torch.randn(5, 3), torch.randn(5, 16)
     assert operator.has_gradient_kernel(grad, x)
-    for others in ((grad.double(), x.double()), (grad, x[:, 1:]), (grad, x.t().contiguous().t()), (grad[:0], x[:0])):
+    for others in (
+        (grad.double(), x.double()),
+        (grad, x[:, 1:]),
+        (grad, x.t().contiguous().t()),
+        (grad[:0], x[:0]),
+        (grad, x[:, :0]),
+    ):
         assert not operator.has_gradient_kernel(*others)
 
 
@@ -221,6 +228,7 @@ def test_parameter_gradients_of_blocks(channels, needed):
     "changes",
     [
         {"grad": torch.randn(6, 3)},
+        {"grad": torch.empty(0, 3), "x": torch.empty(0, 16)},
         {"grad": torch.randn(5, 3).double()},
         {"x": torch.randn(5, 17), "weight": torch.empty(3, 17)},
         {"x": torch.randn(16, 5).t()},

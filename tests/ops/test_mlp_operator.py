@@ -37,9 +37,9 @@ def make(shape=(3, 5), channels=6, hidden=11, outputs=4, seed=0, dtype=torch.flo
 
     return (
         normal(*shape, channels),
-        normal(hidden, channels, scale=channels**-0.5),
+        normal(hidden, channels, scale=max(channels, 1) ** -0.5),
         normal(hidden),
-        normal(outputs, hidden, scale=hidden**-0.5),
+        normal(outputs, hidden, scale=max(hidden, 1) ** -0.5),
         normal(outputs),
     )
 
@@ -312,3 +312,14 @@ def test_bad_arguments(change, error, message):
         tensors[index] = tensor
     with pytest.raises(error, match=message):
         mlp(*tensors)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("sizes", [((5,), 8, 0, 16), ((5,), 0, 16, 3)], ids=str)
+def test_layers_without_columns(sizes, onednn):
+    tensors = make(*sizes, dtype=torch.float32)
+    grad = torch.randn(*sizes[0], sizes[3])
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        found = output_and_gradients(mlp, tensors, grad)
+    for value, expected in zip(found, output_and_gradients(reference.mlp, tensors, grad), strict=True):
+        assert_close(value, expected)

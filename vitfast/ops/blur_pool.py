@@ -127,11 +127,11 @@ def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec)
 
 
 def _backward(grad, x, kernel, scale, shift, spec) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, scale and shift through the prologue. ``grad`` is laid out as x."""
+    """The gradients of x, scale and shift through the prologue."""
     x = _dense(x)
     grad_x, grad_scale, grad_shift = _call(
         torch.ops.vitfast.blur_pool2d_backward.default,
-        grad,
+        grad.contiguous(memory_format=_memory_format(x)),  # what was saved may be laid out otherwise than x was
         x,
         _taps(kernel),
         list(x.shape[2:]),
@@ -280,8 +280,8 @@ class RecordedBlur(torch.autograd.Function):
         kernel, x, scale, shift = ctx.saved_tensors
         spec = ctx.spec
         if _is_plain(grad):
-            grad = grad.contiguous(memory_format=ctx.memory_format)
             if x is None:
+                grad = grad.contiguous(memory_format=ctx.memory_format)
                 return None, None, _transposed(grad, kernel, ctx.size, spec), None, None
             return None, None, *_backward(grad, x, kernel, scale, shift, spec)
         if x is None:

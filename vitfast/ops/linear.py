@@ -14,6 +14,8 @@ off.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,12 +55,12 @@ def is_plain_backward(grad: Tensor) -> bool:
 
 def rows_of(x: Tensor) -> Tensor:
     """(..., C) as a matrix."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be any number where there are no columns
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of matrices; W may be a transposed view."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn_serves() or len(x) == 0:
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn_serves() or 0 in (*x.shape, *weight.shape):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -96,7 +98,7 @@ def has_gradient_kernel(grad: Tensor, x: Tensor) -> bool:
         is_chosen("cpu", x.device)
         and grad.dtype == x.dtype == torch.float32
         and x.shape[1] % 16 == 0
-        and 0 not in grad.shape
+        and 0 not in (*grad.shape, *x.shape)
         and grad.stride(1) == x.stride(1) == 1
     )
 
