@@ -79,7 +79,7 @@ def parameter_gradients(
     weight, bias = sums
     wants_weight, wants_bias = needed
     add = weight is not None or bias is not None
-    if wants_weight and has_gradient_kernel(grad, x):
+    if wants_weight and is_plain_backward(grad) and has_gradient_kernel(grad, x):
         if not add:
             weight = x.new_empty(grad.shape[1], x.shape[1])
             bias = grad.new_empty(grad.shape[1]) if wants_bias else None
@@ -134,15 +134,11 @@ class Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows, grads = rows_of(x), rows_of(grad)
-        wants_x, *needed = ctx.needs_input_grad
-        plain = is_plain_backward(grad)
         grad_x = None
-        if wants_x:
-            grad_x = (product(grads, weight.t()) if plain else grads @ weight).reshape(x.shape)
-        if plain:
-            return grad_x, *parameter_gradients(grads, rows, needed)
-        wants_weight, wants_bias = needed
-        return grad_x, grads.t() @ rows if wants_weight else None, grads.sum(0) if wants_bias else None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grads, weight.t()) if is_plain_backward(grad) else grads @ weight
+            grad_x = grad_x.reshape(x.shape)
+        return grad_x, *parameter_gradients(grads, rows, ctx.needs_input_grad[1:])
 
 
 if _extension.available():  # it returns nothing, and so does its fake
