@@ -100,22 +100,7 @@ class BlurColumns {
       }
     }
     for (const Edge& edge : edges_) {
-      switch (edge.taps.size()) {
-        case 1:
-          run_edge<1>(edge, from, rows, to);
-          break;
-        case 2:
-          run_edge<2>(edge, from, rows, to);
-          break;
-        case 3:
-          run_edge<3>(edge, from, rows, to);
-          break;
-        case 4:
-          run_edge<4>(edge, from, rows, to);
-          break;
-        default:
-          run_edge<0>(edge, from, rows, to);
-      }
+      with_taps(static_cast<int64_t>(edge.taps.size()), [&](auto count) { run_edge<count>(edge, from, rows, to); });
     }
   }
 
@@ -142,18 +127,7 @@ class BlurColumns {
   void run(const T* from, int64_t length, To* to) const {
     if (step_ > 2 || period_ > 2 || phases_.size() < static_cast<size_t>(period_))
       return run_one_by_one(from, length, to);
-    switch (most_) {
-      case 1:
-        return run_with<1>(from, length, to);
-      case 2:
-        return run_with<2>(from, length, to);
-      case 3:
-        return run_with<3>(from, length, to);
-      case 4:
-        return run_with<4>(from, length, to);
-      default:
-        return run_with<kMostTaps>(from, length, to);
-    }
+    with_taps(most_, [&](auto count) { run_with<count == 0 ? kMostTaps : count>(from, length, to); });
   }
 
   template <int kMost, class To>

@@ -79,6 +79,23 @@ inline void with_activation(BlurActivation activation, F f) {
 
 // ---- weighted sums of rows ------------------------------------------------------------------------------------------
 
+// Calls f with the number of taps as a constant, or with 0 where it is none of the most frequent.
+template <class F>
+inline void with_taps(int64_t taps, F f) {
+  switch (taps) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
+  }
+}
+
 // As many sums of the same weights: in all rows, each begins `step` values further than the one before, and what it
 // gives `to_step` further.
 struct Repeat {
@@ -124,27 +141,22 @@ inline void combine_taps(const T* const* rows, const T* weights, int64_t length,
 template <class T, class Put>
 inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Repeat inner, Repeat outer,
                     Put put) {
-  switch (taps) {
-    case 1:
-      return combine_taps<T, 1>(rows, weights, length, inner, outer, put);
-    case 2:
-      return combine_taps<T, 2>(rows, weights, length, inner, outer, put);
-    case 3:
-      return combine_taps<T, 3>(rows, weights, length, inner, outer, put);
-    case 4:
-      return combine_taps<T, 4>(rows, weights, length, inner, outer, put);
-    default:  // none, where there is nothing but zeros of the margin, or many
-      for (int64_t o = 0; o < outer.count; ++o) {
-        for (int64_t i = 0; i < inner.count; ++i) {
-          const int64_t from = o * outer.step + i * inner.step, to = o * outer.to_step + i * inner.to_step;
-          for (int64_t j = 0; j < length; j += kLanes<T>) {
-            Vec<T> sum{};
-            for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + from + j, length - j);
-            put(to + j, sum, std::min<int64_t>(length - j, kLanes<T>));
-          }
+  with_taps(taps, [&](auto count) {
+    if constexpr (count > 0) {
+      return combine_taps<T, count>(rows, weights, length, inner, outer, put);
+    }
+    // None, where there is nothing but zeros of the margin, or many.
+    for (int64_t o = 0; o < outer.count; ++o) {
+      for (int64_t i = 0; i < inner.count; ++i) {
+        const int64_t from = o * outer.step + i * inner.step, to = o * outer.to_step + i * inner.to_step;
+        for (int64_t j = 0; j < length; j += kLanes<T>) {
+          Vec<T> sum{};
+          for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + from + j, length - j);
+          put(to + j, sum, std::min<int64_t>(length - j, kLanes<T>));
         }
       }
-  }
+    }
+  });
 }
 
 template <class T, class Put>
