@@ -25,7 +25,8 @@ Head dimensions. Blocks are powers of two, so a tile of vectors is up to two blo
 are 32 and 16 and 80 are 64 and 16, where one block would be 64 or 128 wide.
 
 Precision. float16 and bfloat16 are multiplied by tensor cores and accumulated in float32; P and dS are rounded to the
-input's dtype for their products. float32 is float32 throughout, never TF32, and float64 float64. Scores keep their
+input's dtype for their products. A product of float32 is three of TF32 by tensor cores, of the leading halves of both
+and of each with what the other leaves: its error is that of float32. float64 is float64 throughout. Scores keep their
 natural scale, although exp2 with log2(e) in the scale would save a multiplication: the exponent is the difference of
 two scores, so it is exact where both are as large as the finite numbers that stand for -inf in many masks.
 
@@ -43,8 +44,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import divide_rows, dot, online_softmax, scaled, statistics_dtype, terms_per_program
-from .launch import Launch, pointers_and_strides, strides
+from .common import TF32X3, divide_rows, dot, online_softmax, scaled, statistics_dtype, terms_per_program
+from .launch import Launch, Made, pointers_and_strides, run, strides
 
 # ---- tiles: tuples of blocks, one for each part of the head dimension ------------------------------------------------
 
@@ -108,25 +109,25 @@ def _store(ptr, strides, start, tokens, tile, D: tl.constexpr, PARTS: tl.constex
 def _zeros(PARTS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     tile = ()
     for i in tl.static_range(len(PARTS)):
-        tile += (tl.zeros([BLOCK, PARTS[i]], DTYPE),)
+        tile += (tl.full([BLOCK, PARTS[i]], 0.0, DTYPE),)  # tl.zeros of Triton 3.6 takes no element of a tuple
     return tile
 
 
 @triton.jit
-def _products(a, b):
+def _products(a, b, PRECISION: tl.constexpr = TF32X3):
     """a b^T of tiles a and b: the products of each row of a with each of b."""
-    products = dot(a[0], tl.trans(b[0]))
+    products = dot(a[0], tl.trans(b[0]), PRECISION)
     for i in tl.static_range(1, len(a)):
-        products += dot(a[i], tl.trans(b[i]))
+        products += dot(a[i], tl.trans(b[i]), PRECISION)
     return products
 
 
 @triton.jit
-def _add_product(tile, weights, rows):
+def _add_product(tile, weights, rows, PRECISION: tl.constexpr = TF32X3):
     """tile + weights rows; the weights are rounded to the dtype of the rows."""
     sums = ()
     for i in tl.static_range(len(tile)):
-        sums += (tile[i] + dot(weights.to(rows[i].dtype), rows[i]),)
+        sums += (tile[i] + dot(weights.to(rows[i].dtype), rows[i], PRECISION),)
     return sums
 
 
@@ -355,34 +356,48 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
-    """The blocks of ``kernel``: as many tokens as registers and shared memory can hold.
+def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype, bias_rows: bool = False) -> Tiling:
+    """The blocks of ``kernel``; ``bias_rows``: whether queries have rows of the bias of their own.
 
-    A program keeps one block, of queries or of keys, and walks over blocks of the other. What it keeps comes with sums
-    in float32, and decides how often the rest is read: up to 128 tokens, 16 for each warp, as the tensor cores spread
-    their rows. What it walks over is loaded ahead, and the scores of both blocks are in registers: in the backward
-    there are two tiles of these, and half the room. The kernel of the bias keeps its tile of scores alone, and both
-    blocks are loaded ahead.
+    A program keeps one block, of queries or of keys, and walks over blocks of the other, which are loaded ahead, if it
+    has registers and shared memory to spare for more stages than one. Four warps, which multiply by one instruction on
+    Hopper, and as many programs as fit beside each other, are faster than larger blocks, but where there are so many
+    tokens that a larger block saves reading. All this was measured on an H200, at 65 to 4096 tokens.
 
-    Without tensor cores, for float32 and float64, each thread reads whole rows and columns of what it multiplies, and
-    smaller blocks over more threads are what keeps it from spilling.
+    Products of float32 split their operands, which takes registers. float64 is multiplied without tensor cores: each
+    thread reads whole rows and columns, and small blocks over many threads are what keeps it from spilling.
     """
     width = sum(parts(d))
-    tensor_cores = dtype.itemsize == 2
-    if tensor_cores:
-        kept = min(64 if kernel is attention_bwd_bias_kernel else 128, 16384 // width)
-        room = 6144 if kernel in (attention_fwd_kernel, attention_bwd_bias_kernel) else 3072
-        walked = min(64, room // width)
+    if dtype.itemsize == 2:
+        kept, walked, num_stages = _blocks_of_two_bytes(kernel, m, width, len(parts(d)), bias_rows)
+    elif dtype == torch.float32:
+        kept, walked = min(64, 5120 // width), min(32, 2048 // width)
+        if kernel is attention_fwd_kernel:
+            kept, walked = min(128, 8192 // width), min(32, 4096 // width)
+        num_stages = 1
     else:
-        kept = walked = min(32, 8192 // (width * dtype.itemsize))
-    keeps_keys = kernel is attention_bwd_key_kernel
-    limit_n, limit_m = (walked, kept) if keeps_keys else (kept, walked)
-    block_n, block_m = block(n, limit_n), block(m, limit_m)
-    if not tensor_cores or width > 128 or kernel is attention_bwd_bias_kernel:
-        num_warps = 8
-    else:
-        num_warps = (block_m if keeps_keys else block_n) // 16
-    return Tiling(block_n, block_m, num_warps, num_stages=2)
+        kept = walked = min(32, 1024 // width)
+        num_stages = 2
+    limit_n, limit_m = (walked, kept) if kernel is attention_bwd_key_kernel else (kept, walked)
+    num_warps = 8 if dtype == torch.float64 else 4
+    return Tiling(block(n, limit_n), block(m, limit_m), num_warps, num_stages)
+
+
+def _blocks_of_two_bytes(kernel: Any, m: int, width: int, count: int, bias_rows: bool) -> tuple[int, int, int]:
+    """The tokens kept, those walked over, and the stages, for head dimensions of ``count`` parts."""
+    room = 16384 // width  # shared memory for what is kept
+    many = m >= 1024 and width <= 64
+    if kernel is attention_bwd_bias_kernel:
+        return min(64, room), min(32, room), 3 if width <= 64 else 2 if width <= 128 else 1
+    if bias_rows:  # loaded ahead too
+        return min(64, room), min(64, 4096 // width), 2 if kernel is attention_fwd_kernel else 1
+    if kernel is attention_fwd_kernel:
+        return min(128 if count == 1 else 64, room), 64 if many else 32, 3 if width <= 128 else 2
+    if many:
+        return 128, 64 if kernel is attention_bwd_query_kernel else 32, 3
+    if kernel is attention_bwd_query_kernel:
+        return min(64, room), min(32, 4096 // width), 3 if width <= 128 else 2
+    return min(64, room), min(32, 4096 // width), 1 if width <= 64 else 2
 
 
 def block(tokens: int, limit: int) -> int:
@@ -400,7 +415,7 @@ def forward(
     if not key.shape[2]:
         return out.zero_(), lse.fill_(float("-inf"))
     if out.numel():
-        forward_launch(query, key, value, bias, out, lse if return_lse else None, scale).run()
+        run(forward_launches, query, key, value, bias, out, lse if return_lse else None, scale=scale)
     return out, lse
 
 
@@ -427,9 +442,8 @@ def backward(
             tensor.zero_()
         return query.new_empty((0,)) if bias is None else bias.new_zeros(bias.shape)
     # L is contiguous already, unless vmap made it a view
-    launches, partial = backward_launches(grad, query, key, value, bias, out, lse.contiguous(), *grads, scale)
-    for launch in launches:
-        launch.run()
+    inputs = grad, query, key, value, bias, out, lse.contiguous()
+    partial = run(backward_launches, *inputs, *grads, scale=scale)
     if bias is None:
         return query.new_empty((0,))
     if bias.shape[2] == 1:  # partial sums for every head of every entry: (B, heads, 1, M)
@@ -437,14 +451,15 @@ def backward(
     return partial.sum(0).view(bias.shape)
 
 
-def forward_launch(
+def forward_launches(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor | None, scale: float
-) -> Launch:
+) -> Made:
     """The launch that fills ``out``, and ``lse`` unless it is None."""
     call = Call(query, key, bias, scale)
     tile = call.tiling(attention_fwd_kernel)
+    programs = call.heads * triton.cdiv(call.n, tile.block_n)
     tensors = {"q": query, "k": key, "v": value, "out": out}
-    return call.launch(attention_fwd_kernel, tile, call.heads * triton.cdiv(call.n, tile.block_n), tensors, lse_ptr=lse)
+    return [call.launch(attention_fwd_kernel, tile, programs, tensors, lse_ptr=lse)], None
 
 
 def backward_launches(
@@ -459,7 +474,7 @@ def backward_launches(
     grad_key: Tensor,
     grad_value: Tensor,
     scale: float,
-) -> tuple[list[Launch], Tensor | None]:
+) -> Made:
     """The launches that fill the gradients, and the partial sums they leave for the bias.
 
     These are (B, heads, 1, M) if all queries share the bias, and (chunks, matrices of the bias, N, M) if they do not.
@@ -521,7 +536,7 @@ class Call:
         }
 
     def tiling(self, kernel: Any, choose: Callable[..., Tiling] = tiling) -> Tiling:
-        return choose(kernel, self.n, self.m, self.d, self.dtype)
+        return choose(kernel, self.n, self.m, self.d, self.dtype, self.arguments["BIAS_ROWS"])
 
     def bias_terms(self, bias: Tensor, tile: Tiling, repeats: int = 1) -> tuple[int, int, dict[str, int]]:
         """Programs per repeat, chunks and arguments of ``repeats`` sums over what shares a matrix of the bias."""

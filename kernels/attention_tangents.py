@@ -22,8 +22,9 @@ what belongs to none comes from the cache, but S and dP are computed again: 2 of
 them for another tangent would take the registers of two more blocks of vectors, two tiles and two sums, and there are
 none left (see compile.py).
 
-Precision is that of attention.py, but sums of the rows come from P and dP, which are not rounded to 16 bits as O is,
-and P is taken from the largest score, one of those that it is subtracted from, instead of from the rounded L.
+Precision is that of attention.py, but float32 is multiplied without tensor cores, for whose split operands there are
+too few registers; sums of the rows come from P and dP, which are not rounded to 16 bits as O is; and P is taken from
+the largest score, one of those that it is subtracted from, instead of from the rounded L.
 
 Source: none; the formulas are those of vitfast/reference/attention.py.
 """
@@ -59,7 +60,7 @@ from .attention import (
 )
 from .attention import tiling as attention_tiling
 from .common import divide_rows, online_softmax, scaled, statistics_dtype, tangents_to_fill
-from .launch import Launch
+from .launch import Made, run
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
@@ -74,9 +75,9 @@ def _head_tangent(ptr, strides, t, batch, head):
 def _load_tangent(
     ptr, strides, t, batch, head, start, tokens, D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The vectors of a block of tokens in tangent t; None stays None. [BLOCK, D]"""
+    """The vectors of a block of tokens in tangent t, no parts if it is None. [BLOCK, D]"""
     if ptr is None:
-        return None
+        return ()
     else:
         return _load(_head_tangent(ptr, strides, t, batch, head), strides, start, tokens, D, PARTS, BLOCK)
 
@@ -95,39 +96,42 @@ def _load_bias_tangent(
 @triton.jit
 def _products_tangent(a, b, a_t, b_t, DTYPE: tl.constexpr):
     """The tangent of a b^T; a zero if neither a nor b has one."""
-    if a_t is None:
-        if b_t is None:
+    if len(a_t) == 0:
+        if len(b_t) == 0:
             return tl.zeros([1, 1], DTYPE)
         else:
-            return _products(a, b_t)
-    elif b_t is None:
-        return _products(a_t, b)
+            return _products(a, b_t, "ieee")
+    elif len(b_t) == 0:
+        return _products(a_t, b, "ieee")
     else:
-        return _products(a_t, b) + _products(a, b_t)
+        return _products(a_t, b, "ieee") + _products(a, b_t, "ieee")
 
 
 @triton.jit
 def _add_product_tangent(tile, weights, weights_t, rows, rows_t):
     """tile + the tangent of weights rows."""
-    tile = _add_product(tile, weights_t, rows)
-    if rows_t is None:
+    tile = _add_product(tile, weights_t, rows, "ieee")
+    if len(rows_t) == 0:
         return tile
     else:
-        return _add_product(tile, weights, rows_t)
+        return _add_product(tile, weights, rows_t, "ieee")
 
 
 @triton.jit
 def _probabilities_and_scores_tangent(a, b, a_t, b_t, bias, bias_t, seen, top, inverse, scale, DTYPE: tl.constexpr):
     """P and S. of a tile whose scores are a b^T, queries by keys or keys by queries; P is 0 where nothing is seen."""
-    s = tl.where(seen, scaled(_products(a, b), scale) + bias, float("-inf"))
+    s = tl.where(seen, scaled(_products(a, b, "ieee"), scale) + bias, float("-inf"))
     s_t = scaled(_products_tangent(a, b, a_t, b_t, DTYPE), scale) + bias_t
     return _probabilities(s, top) * inverse, s_t
 
 
 @triton.jit
 def _load_rows(top_ptr, total_ptr, rows, exists):
-    """The largest score of some queries, and one over the sum of exp(S - largest). [BLOCK_N]"""
-    top = tl.load(top_ptr + rows, mask=exists, other=0.0)
+    """The largest score of some queries, and one over the sum of exp(S - largest). [BLOCK_N]
+
+    That of a query that does not exist is infinity: its P is 0.
+    """
+    top = tl.load(top_ptr + rows, mask=exists, other=float("inf"))
     return top, divide_rows(1.0, tl.load(total_ptr + rows, mask=exists, other=0.0))
 
 
@@ -166,11 +170,11 @@ def attention_rows_kernel(
         k = _load(k_ptr, k_strides, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
         m = start_m + tl.arange(0, BLOCK_M)[None, :]
         bias = _load_bias(bias_ptr, bias_strides, batch, head, n[:, None], m, N, M, BIAS_ROWS, DTYPE)
-        s = tl.where(m < M, scaled(_products(q, k), scale) + bias, float("-inf"))  # [BLOCK_N, BLOCK_M]
+        s = tl.where(m < M, scaled(_products(q, k, "ieee"), scale) + bias, float("-inf"))  # [BLOCK_N, BLOCK_M]
         p, decay, top, total = online_softmax(s, top, total)
         if g_ptr is not None:
             v = _load(v_ptr, v_strides, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
-            delta = delta * decay + tl.sum(p * _products(g, v), 1)
+            delta = delta * decay + tl.sum(p * _products(g, v, "ieee"), 1)
 
     rows = (batch * heads + head) * N + n
     _store_rows(top_ptr, total_ptr, delta_ptr, rows, n < N, top, total, divide_rows(delta, total))
@@ -222,7 +226,7 @@ def attention_tangents_query_kernel(
         if dq_t_ptr is not None:
             v = _load(v_ptr, v_strides, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
             v_t = _load_tangent(v_t_ptr, v_t_strides, t, batch, head, start_m, M, D, PARTS, BLOCK_M)  # [BLOCK_M, D]
-            dp = _products(g, v) - delta[:, None]
+            dp = _products(g, v, "ieee") - delta[:, None]
             # The rows of P * (dP - delta) add up to 0, so S. may stand here for S. - mu., which is not known yet.
             delta_t += tl.sum(p * (s_t * dp + _products_tangent(g, v, g_t, v_t, DTYPE)), 1)
 
@@ -243,7 +247,7 @@ def attention_tangents_query_kernel(
         if out_t_ptr is not None:
             out_t = _add_product_tangent(out_t, p, p_t, v, v_t)
         if dq_t_ptr is not None:
-            dp = _products(g, v) - delta[:, None]
+            dp = _products(g, v, "ieee") - delta[:, None]
             dp_t = _products_tangent(g, v, g_t, v_t, DTYPE) - delta_t[:, None]
             dq_t = _add_product_tangent(dq_t, p * dp, p_t * dp + p * dp_t, k, k_t)
 
@@ -310,7 +314,7 @@ def attention_tangents_key_kernel(
         )  # [BLOCK_M, BLOCK_N]
         p_t = p * (s_t - mean_t[None, :])
         dv_t = _add_product_tangent(dv_t, p, p_t, g, g_t)
-        dp = _products(v, g) - delta[None, :]
+        dp = _products(v, g, "ieee") - delta[None, :]
         ds_t = p_t * dp + p * (_products_tangent(v, g, v_t, g_t, DTYPE) - delta_t[None, :])
         dk_t = _add_product_tangent(dk_t, p * dp, ds_t, q, q_t)
         if dbias_t_ptr is not None:
@@ -369,7 +373,7 @@ def attention_tangents_bias_kernel(
         p, s_t = _probabilities_and_scores_tangent(
             q, k, q_t, k_t, bias, bias_t, m < M, top[:, None], inverse[:, None], scale, DTYPE
         )  # [BLOCK_N, BLOCK_M]
-        dp = _products(g, v) - delta[:, None]
+        dp = _products(g, v, "ieee") - delta[:, None]
         dp_t = _products_tangent(g, v, g_t, v_t, DTYPE) - delta_t[:, None]
         dbias_t += p * ((s_t - mean_t[:, None]) * dp + dp_t)
     offsets = ((place * tangents + t) * N + n[:, None]) * M + m
@@ -379,18 +383,17 @@ def attention_tangents_bias_kernel(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
-    """The blocks of ``kernel``; that of the rows has those of the forward, which does the same work.
+def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype, bias_rows: bool = False) -> Tiling:
+    """The blocks of ``kernel``; that of the rows has those of the forward, which does the same work, in 16 bits.
 
     The considerations are those of attention.py, but twice as many tiles are in registers, so that half of what is
     kept there, or walked over, fits. What the compiler reports of spills decided the rest (see compile.py).
     """
-    if kernel is attention_rows_kernel:
-        return attention_tiling(attention_fwd_kernel, n, m, d, dtype)
+    if kernel is attention_rows_kernel and dtype.itemsize == 2:
+        return attention_tiling(attention_fwd_kernel, n, m, d, dtype, bias_rows)
     width = sum(parts(d))
-    tensor_cores = dtype.itemsize == 2
     keeps_queries = kernel is attention_tangents_query_kernel
-    if tensor_cores:
+    if dtype.itemsize == 2:
         kept = min(64, (6144 if keeps_queries else 4096) // width)
         walked = min(32, 1024 // width)
     else:
@@ -399,7 +402,7 @@ def tiling(kernel: Any, n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
     limit_n, limit_m = (walked, kept) if kernel is attention_tangents_key_kernel else (kept, walked)
     block_n, block_m = block(n, limit_n), block(m, limit_m)
     num_warps = 8
-    if tensor_cores:
+    if dtype.itemsize == 2:
         num_warps = 4 if keeps_queries else max(4, max(block_n, block_m) // 8)
     return Tiling(block_n, block_m, num_warps, num_stages=2)
 
@@ -433,11 +436,8 @@ def tangents(
         if want_gradients and bias is not None:
             bias_grad_t = bias.new_zeros((count, *bias.shape), dtype=statistics_dtype(query.dtype))
         return *outputs, bias_grad_t
-    launches, partial = tangents_launches(
-        query, key, value, bias, grad, grad_t, query_t, key_t, value_t, bias_t, *outputs, scale
-    )
-    for launch in launches:
-        launch.run()
+    inputs = query, key, value, bias, grad, grad_t, query_t, key_t, value_t, bias_t
+    partial = run(tangents_launches, *inputs, *outputs, scale=scale)
     if partial is not None:
         if bias.shape[2] == 1:  # partial sums for every head of every entry: (B, heads, K, M)
             bias_grad_t = partial.movedim(2, 0).unsqueeze(3).sum_to_size(count, *bias.shape)
@@ -462,7 +462,7 @@ def tangents_launches(
     key_grad_t: Tensor | None,
     value_grad_t: Tensor | None,
     scale: float,
-) -> tuple[list[Launch], Tensor | None]:
+) -> Made:
     """The launches that fill the tangents of the output and of the gradients, and the partial sums for the bias.
 
     ``output_t`` is None if it is not wanted, the other three if the gradients are not. The partial sums are

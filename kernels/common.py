@@ -7,11 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TF32X3 = tl.constexpr("tf32x3")
+
 
 @triton.jit
-def dot(a, b):
-    """a b, float32 without TF32."""
-    return tl.dot(a, b, input_precision="ieee")
+def dot(a, b, PRECISION: tl.constexpr = TF32X3):
+    """a b. float32 is multiplied by tensor cores, as three products of TF32, or with "ieee" without them.
+
+    The former's errors are no larger, but its operands, of two halves each, take twice the registers.
+    """
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -24,6 +29,15 @@ def scaled(x, scale):
 def divide_rows(x, total):
     """x over the sums of the rows of P; where there is nothing to see they are 0, and leave x as it is."""
     return x / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def softmax(s):
+    """Of whole rows of scores, exp(S - top), the largest score, and the sum of exp(S - top)."""
+    top = tl.max(s, 1)
+    # There may be nothing to see: -inf - (-inf) would be NaN.
+    p = tl.exp(s - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    return p, top, tl.sum(p, 1)
 
 
 @triton.jit
@@ -45,13 +59,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def terms_per_program(terms: int, parallel: int) -> int:
+def terms_per_program(terms: int, parallel: int, programs: int = 1024) -> int:
     """How many of the ``terms`` of a sum one program adds up, where ``parallel`` programs work on as many sums.
 
     About 1024 programs fill the largest GPUs, and 1024 partial sums of a block of 64 by 64 scores take 16 MiB. The
     shapes alone decide, so that sums have the same order, and the same bits, in every run.
     """
-    return triton.cdiv(terms, max(1, 1024 // parallel))
+    return triton.cdiv(terms, max(1, programs // parallel))
 
 
 def tangents_to_fill(

@@ -70,7 +70,7 @@ def _window_attention_case(
         lse = query.new_empty((128, heads, size, size), dtype=statistics)
         out = torch.empty_like(query)
         geometry = {"window_size": pair, "shift": (window // 2, window // 2), "scale": head_dim**-0.5}
-        forward = window_attention.forward_launch(query, key, value, bias, out, lse, **geometry)
+        forward, _ = window_attention.forward_launches(query, key, value, bias, out, lse, **geometry)
         backward, _ = window_attention.backward_launches(
             out, query, key, value, bias, lse, query, key, value, **geometry
         )
@@ -78,7 +78,7 @@ def _window_attention_case(
         arguments = query, key, value, bias, out, out_t, query_t, key_t, value_t, bias_t
         results = out_t, query_t, key_t, value_t
         tangents, _ = window_attention_tangents.tangents_launches(*arguments, *results, **geometry)
-        return [forward, *backward, *tangents]
+        return [*forward, *backward, *tangents]
 
     return launches
 
@@ -93,14 +93,14 @@ def _attention_case(head_dim: int, bias_shape: tuple[int, ...] | None) -> Callab
         lse = query.new_empty((128, 6, 197), dtype=statistics_dtype(dtype))
         out = query.new_empty((128, 197, 6, head_dim)).transpose(1, 2)
         scale = head_dim**-0.5
-        forward = attention.forward_launch(query, key, value, bias, out, lse, scale)
+        forward, _ = attention.forward_launches(query, key, value, bias, out, lse, scale)
         backward, _ = attention.backward_launches(out, query, key, value, bias, out, lse, query, key, value, scale)
         query_t, key_t, value_t = (t.transpose(2, 3) for t in packed.new_empty((TANGENTS, *packed.shape)).unbind(3))
         bias_t = None if bias is None else bias.new_empty((TANGENTS, *bias.shape))
         out_t = query.new_empty((TANGENTS, 128, 197, 6, head_dim)).transpose(2, 3)
         arguments = query, key, value, bias, out, out_t, query_t, key_t, value_t, bias_t
         tangents, _ = attention_tangents.tangents_launches(*arguments, out_t, query_t, key_t, value_t, scale)
-        return [forward, *backward, *tangents]
+        return [*forward, *backward, *tangents]
 
     return launches
 
@@ -181,14 +181,18 @@ def resources(compiled: CompiledKernel) -> tuple[int, int]:
 
 
 def reports(archs: Sequence[int], dtypes: Sequence[str], cases: Sequence[str]) -> Iterator[Report]:
-    """Compiles the kernels of ``cases`` for each dtype and architecture, one report at a time."""
+    """Compiles the kernels of ``cases`` for each dtype and architecture, one report at a time.
+
+    Of launches of a kernel that need the same there is one.
+    """
+    seen = set()
     for case in cases:
         for dtype in dtypes:
             for launch in CASES[case](DTYPES[dtype]):
                 for arch in archs:
                     compiled = compile_launch(launch, arch)
                     registers, spill_bytes = resources(compiled)
-                    yield Report(
+                    report = Report(
                         kernel=compiled.metadata.name,
                         case=case,
                         arch=arch,
@@ -198,6 +202,9 @@ def reports(archs: Sequence[int], dtypes: Sequence[str], cases: Sequence[str]) -
                         spill_bytes=spill_bytes,
                         shared_bytes=compiled.metadata.shared,
                     )
+                    if report not in seen:
+                        seen.add(report)
+                        yield report
 
 
 def main(arguments: list[str] | None = None) -> None:

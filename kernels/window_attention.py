@@ -17,16 +17,17 @@ Windows. The grid of windows starts at its ``origin``, ``shift - window`` rows a
 without a shift), and is cut off at the map's edges. Tokens are found by index arithmetic alone: no roll, no partition,
 no mask in memory. Their places outside the map are masked, like the padding of every block.
 
-Kernels. ``window_attention_fwd_kernel`` takes a block of queries over blocks of keys with an online softmax. Where one
-tile of queries and keys holds a window (64 of each, or fewer, see `tiling`), ``window_attention_bwd_kernel`` does the
-whole backward: a program walks over a chunk of the windows of one head and keeps the gradient of the bias in registers.
-Larger windows take ``..._bwd_query_kernel`` for dQ, delta and the sums of the rows of P, ``..._bwd_key_kernel`` for dK
-and dV, and the former kernel, tile by tile, for the bias alone. There are no atomics: the partial sums of the bias's
-gradient, one per chunk, are added up by `torch.sum`, and the number of chunks depends on the shapes only, so gradients
-have the same bits in every run.
+Kernels. Where one tile of queries and keys holds a window (64 of each, or fewer, see `tiling`), a program walks over a
+chunk of the windows of one head, and has the bias, or the gradient of it, in registers: ``window_attention_fwd_kernel``
+and, for the whole backward, ``window_attention_bwd_kernel``. Larger windows take ``..._fwd_blocks_kernel``, a block of
+queries over blocks of keys with an online softmax; ``..._bwd_query_kernel`` for dQ, delta and the sums of the rows of
+P, ``..._bwd_key_kernel`` for dK and dV, and ``..._bwd_kernel``, tile by tile, for the bias alone. There are no atomics:
+the partial sums of the bias's gradient, one per chunk, are added up by `torch.sum`, and the number of chunks depends on
+the shapes only, so gradients have the same bits in every run.
 
 Precision. float16 and bfloat16 are multiplied by tensor cores and accumulated in float32; P and dS are rounded to the
-input's dtype for their products. float32 is float32 throughout, never TF32, and float64 float64.
+input's dtype for their products. A product of float32 is three of TF32 by tensor cores, of the leading halves of both
+and of each with what the other leaves: its error is that of float32. float64 is float64 throughout.
 
 Source: the online softmax of Milakov & Gimelshein, arXiv 1805.02867; the recomputation of P from L of Dao,
 "FlashAttention-2", arXiv 2307.08691; the windows of Liu et al., "Swin Transformer", ICCV 2021.
@@ -42,8 +43,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import divide_rows, dot, online_softmax, scaled, statistics_dtype, terms_per_program
-from .launch import Launch, pointers_and_strides, strides
+from .common import TF32X3, divide_rows, dot, online_softmax, scaled, softmax, statistics_dtype, terms_per_program
+from .launch import Launch, Made, pointers_and_strides, run, strides
 
 Pair = tuple[int, int]
 
@@ -149,26 +150,33 @@ def _load_bias(
 
 
 @triton.jit
-def _scores(q, k, bias, queries, keys, scale):
-    """S of one tile, -inf wherever a query or a key is outside the map. [BLOCK_N, BLOCK_M]"""
-    s = scaled(dot(q, tl.trans(k)), scale) + bias
-    return tl.where(queries[3][:, None] & keys[3][None, :], s, float("-inf"))
+def _scores(q, k, bias, keys, scale, PRECISION: tl.constexpr = TF32X3):
+    """S of one tile, -inf wherever a key is outside the map. [BLOCK_N, BLOCK_M]"""
+    return tl.where(keys[3][None, :], scaled(dot(q, tl.trans(k), PRECISION), scale) + bias, float("-inf"))
 
 
 @triton.jit
-def _probabilities(q, k, bias, lse, queries, keys, scale):
+def _load_lse(ptr, rows, queries):
+    """L of the queries. [BLOCK]
+
+    Outside the map, where it was never written, infinity: P is 0 there. It is contracted over the queries in dK and dV.
+    """
+    return tl.load(ptr + rows, mask=queries[3], other=float("inf"))
+
+
+@triton.jit
+def _probabilities(q, k, bias, lse, keys, scale, PRECISION: tl.constexpr = TF32X3):
     """P of one tile from the saved L; zero wherever a query or a key is outside the map. [BLOCK_N, BLOCK_M]
 
     The rounding of L scales a row by some 1 + |L| eps, which shows in dP - delta: divide P by the sums of its rows.
-    Queries outside the map must go too: their L was never written, and P is contracted over them in dK and dV.
     """
-    return tl.exp(_scores(q, k, bias, queries, keys, scale) - lse[:, None])
+    return tl.exp(_scores(q, k, bias, keys, scale, PRECISION) - lse[:, None])
 
 
 @triton.jit
-def _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale):
+def _softmax_backward(q, k, v, g, bias, lse, delta, total, keys, scale):
     """P and dS of one tile from the saved L and the sums over whole rows. [BLOCK_N, BLOCK_M]"""
-    p = divide_rows(_probabilities(q, k, bias, lse, queries, keys, scale), total[:, None])
+    p = _probabilities(q, k, bias, lse, keys, scale) * divide_rows(1.0, total)[:, None]
     return p, p * (dot(g, tl.trans(v)) - delta[:, None])
 
 
@@ -180,6 +188,41 @@ _jit = triton.jit(do_not_specialize=["heads", "window_count", "windows_per_progr
 
 @_jit
 def window_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, bias_strides, out_strides,
+    query_grid, key_grid, windows, heads, window_count, windows_per_program, scale: tl.float64,
+    WINDOW: tl.constexpr, KEY_WINDOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Out and L of a chunk of the ``window_count`` windows, each of which is one tile, for one head.
+
+    Heads run fastest, then chunks.
+    """
+    N: tl.constexpr = WINDOW[0] * WINDOW[1]
+    M: tl.constexpr = KEY_WINDOW[0] * KEY_WINDOW[1]
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    first = pid // heads * windows_per_program
+    last = tl.minimum(first + windows_per_program, window_count)
+    bias = _load_bias(bias_ptr, bias_strides, head, 0, 0, N, M, BLOCK_N, BLOCK_M, DTYPE)
+    for index in range(first, last):
+        window = _window(index, windows)
+        queries = _tokens(window, query_grid, 0, WINDOW, BLOCK_N, OFFSET)
+        keys = _tokens(window, key_grid, 0, KEY_WINDOW, BLOCK_M, OFFSET)
+        q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
+        k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
+        s = _scores(q, k, bias, keys, scale)  # [BLOCK_N, BLOCK_M]
+        p, top, total = softmax(s)
+        out = dot(p.to(v.dtype), v) * (1.0 / total)[:, None]
+        _store(out_ptr, out_strides, queries, head, out, D, BLOCK_D, CHANNELS_FIRST)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + _row_offsets(queries, head, heads, query_grid), top + tl.log(total), mask=queries[3])
+
+
+@_jit
+def window_attention_fwd_blocks_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, bias_strides, out_strides,
     query_grid, key_grid, windows, heads, scale: tl.float64,
@@ -202,12 +245,10 @@ def window_attention_fwd_kernel(
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        s = scaled(dot(q, tl.trans(k)), scale) + bias  # [BLOCK_N, BLOCK_M]
-        s = tl.where(keys[3][None, :], s, float("-inf"))
-        p, decay, top, total = online_softmax(s, top, total)
+        p, decay, top, total = online_softmax(_scores(q, k, bias, keys, scale), top, total)
         out = out * decay[:, None] + dot(p.to(v.dtype), v)
 
-    _store(out_ptr, out_strides, queries, head, out / total[:, None], D, BLOCK_D, CHANNELS_FIRST)
+    _store(out_ptr, out_strides, queries, head, out * (1.0 / total)[:, None], D, BLOCK_D, CHANNELS_FIRST)
     if lse_ptr is not None:
         tl.store(lse_ptr + _row_offsets(queries, head, heads, query_grid), top + tl.log(total), mask=queries[3])
 
@@ -240,9 +281,8 @@ def window_attention_bwd_kernel(
 
     bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
     dbias = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
-    index = chunk * windows_per_program
-    end = tl.minimum(index + windows_per_program, window_count)
-    while index < end:
+    first = chunk * windows_per_program
+    for index in range(first, tl.minimum(first + windows_per_program, window_count)):
         window = _window(index, windows)
         queries = _tokens(window, query_grid, start_n, WINDOW, BLOCK_N, OFFSET)
         keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
@@ -251,10 +291,10 @@ def window_attention_bwd_kernel(
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
-        lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
+        lse = _load_lse(lse_ptr, rows, queries)
         if delta_ptr is None:
-            p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
-            p = divide_rows(p, tl.sum(p, 1)[:, None])
+            p = _probabilities(q, k, bias, lse, keys, scale)  # [BLOCK_N, BLOCK_M]
+            p *= divide_rows(1.0, tl.sum(p, 1))[:, None]
             dp = dot(g, tl.trans(v))  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - tl.sum(p * dp, 1)[:, None])
             dv = dot(tl.trans(p.to(g.dtype)), g)  # [BLOCK_M, BLOCK_D]
@@ -266,9 +306,8 @@ def window_attention_bwd_kernel(
         else:
             delta = tl.load(delta_ptr + rows, mask=queries[3], other=0.0)
             total = tl.load(total_ptr + rows, mask=queries[3], other=0.0)
-            _, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)
+            _, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, keys, scale)
         dbias += ds
-        index += 1
 
     if dbias_ptr is not None:
         n = start_n + tl.arange(0, BLOCK_N)[:, None]
@@ -294,7 +333,7 @@ def window_attention_bwd_query_kernel(
     rows = _row_offsets(queries, head, heads, query_grid)  # [BLOCK_N]
     q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
     g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
-    lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
+    lse = _load_lse(lse_ptr, rows, queries)
 
     # Two passes over the keys: one pass would have to subtract delta from sums that cancel.
     delta = tl.zeros([BLOCK_N], DTYPE)
@@ -304,7 +343,7 @@ def window_attention_bwd_query_kernel(
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        p = _probabilities(q, k, bias, lse, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        p = _probabilities(q, k, bias, lse, keys, scale)  # [BLOCK_N, BLOCK_M]
         delta += tl.sum(p * dot(g, tl.trans(v)), 1)
         total += tl.sum(p, 1)
     delta = divide_rows(delta, total)
@@ -317,7 +356,7 @@ def window_attention_bwd_query_kernel(
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         v = _load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        _, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        _, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, keys, scale)  # [BLOCK_N, BLOCK_M]
         dq += dot(ds.to(k.dtype), k)
     _store(dq_ptr, dq_strides, queries, head, scaled(dq, scale), D, BLOCK_D, CHANNELS_FIRST)
 
@@ -347,14 +386,38 @@ def window_attention_bwd_key_kernel(
         q = _load(q_ptr, q_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
         g = _load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_N, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        lse = tl.load(lse_ptr + rows, mask=queries[3], other=0.0)
+        lse = _load_lse(lse_ptr, rows, queries)
         delta = tl.load(delta_ptr + rows, mask=queries[3], other=0.0)
         total = tl.load(total_ptr + rows, mask=queries[3], other=0.0)
-        p, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
+        p, ds = _softmax_backward(q, k, v, g, bias, lse, delta, total, keys, scale)  # [BLOCK_N, BLOCK_M]
         dv += dot(tl.trans(p.to(g.dtype)), g)
         dk += dot(tl.trans(ds.to(q.dtype)), q)
     _store(dk_ptr, dk_strides, keys, head, scaled(dk, scale), D, BLOCK_D, CHANNELS_FIRST)
     _store(dv_ptr, dv_strides, keys, head, dv, D, BLOCK_D, CHANNELS_FIRST)
+
+
+@triton.jit
+def transpose_kernel(
+    planes_ptr, vectors_ptr, batch_stride, channel_stride, channels, tokens,
+    TO_VECTORS: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Copies planes, (B, channels, tokens) with contiguous tokens, to contiguous vectors (B, tokens, channels) or back.
+
+    Each side is read or written along its own contiguous dimension. Blocks of tokens run fastest, then those of
+    channels, then the batch.
+    """
+    pid = tl.program_id(0)
+    blocks, groups = tl.cdiv(tokens, TOKENS), tl.cdiv(channels, CHANNELS)
+    token = pid % blocks * TOKENS + tl.arange(0, TOKENS)
+    channel = pid // blocks % groups * CHANNELS + tl.arange(0, CHANNELS)
+    batch = (pid // blocks // groups).to(tl.int64)
+    planes_ptr += batch * batch_stride + (channel.to(tl.int64)[:, None] * channel_stride + token[None, :])
+    vectors_ptr += (batch * tokens + token[:, None]) * channels + channel[None, :]
+    exists = (channel < channels)[:, None] & (token < tokens)[None, :]  # [CHANNELS, TOKENS]
+    if TO_VECTORS:
+        tl.store(vectors_ptr, tl.trans(tl.load(planes_ptr, mask=exists)), mask=tl.trans(exists))
+    else:
+        tl.store(planes_ptr, tl.trans(tl.load(vectors_ptr, mask=tl.trans(exists))), mask=exists)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -372,19 +435,75 @@ class Tiling(NamedTuple):
 def tiling(n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
     """The blocks for windows of n queries and m keys of d elements: as many tokens, up to 64, as registers can hold.
 
-    Tensor cores spread 16 rows over a warp. Without them, for float32 and float64, each thread reads whole rows and
-    columns of what it multiplies, and smaller blocks over more threads are what keeps it from spilling.
+    Four warps share a block, which multiply by one instruction on Hopper. float64 is multiplied without tensor cores:
+    each thread reads whole rows and columns, and more threads are what keeps it from spilling.
     """
-    tensor_cores = dtype.itemsize == 2
     block_d = max(16, triton.next_power_of_2(d))
-    tile_bytes = 16384 if tensor_cores else 8192
+    tile_bytes = 8192 if dtype == torch.float64 else 16384
     limit = max(16, min(64, tile_bytes // (block_d * dtype.itemsize)))
     block_n, block_m = (min(limit, max(16, triton.next_power_of_2(size))) for size in (n, m))
-    if tensor_cores:
-        num_warps = max(block_n // 16, 4 if block_d >= 64 else 1)
-    else:
-        num_warps = max(block_n // 8, 8 if block_d >= 64 else 1)
+    num_warps = max(block_n // 8, 8 if block_d >= 64 else 1) if dtype == torch.float64 else 4
     return Tiling(block_n, block_m, block_d, num_warps)
+
+
+FORWARD_PROGRAMS = 2048
+"""How many programs of the forward share the windows, if there are as many: each takes some windows, so that the bias
+is loaded for all of them at once, and they are more than run at the same time, so that they end together."""
+
+
+def planes(x: Tensor) -> bool:
+    """Whether each element of the vectors is a contiguous plane of the map, at equal distances."""
+    _, _, width, _, dim = x.shape
+    _, row, column, head, element = x.stride()
+    return column == 1 and row == width and head == dim * element
+
+
+class Transposed:
+    """Channels-first maps as contiguous ones, (B, H, W, heads, D), and the launches that copy them.
+
+    A window's rows of a few elements are slow to load, and there is a better way: both copies and the attention in
+    between take a third of the time. Windows of one small tile are as fast as they are.
+    """
+
+    def __init__(self, wanted: bool):
+        self._wanted = wanted
+        self.before: list[Launch] = []
+        self.after: list[Launch] = []
+
+    def read(self, x: Tensor) -> Tensor:
+        """What kernels read for x."""
+        return self._copied(x, self.before, to_vectors=True)
+
+    def written(self, x: Tensor) -> Tensor:
+        """What kernels write for x."""
+        return self._copied(x, self.after, to_vectors=False)
+
+    def _copied(self, x: Tensor, launches: list[Launch], to_vectors: bool) -> Tensor:
+        if not self._wanted:
+            return x
+        vectors = x.new_empty(x.shape)
+        batch, height, width, heads, dim = x.shape
+        channels, tokens, block = heads * dim, height * width, 64
+        arguments = {
+            "planes_ptr": x,
+            "vectors_ptr": vectors,
+            "batch_stride": x.stride(0),
+            "channel_stride": x.stride(4),
+            "channels": channels,
+            "tokens": tokens,
+            "TO_VECTORS": to_vectors,
+            "CHANNELS": block,
+            "TOKENS": block,
+        }
+        programs = batch * triton.cdiv(channels, block) * triton.cdiv(tokens, block)
+        launches.append(Launch(transpose_kernel, programs, arguments, num_warps=8, num_stages=1))
+        return vectors
+
+
+def transposed(window_size: Pair, *tensors: Tensor) -> Transposed:
+    """The copies of a call on these tensors."""
+    worth = window_size[0] * window_size[1] > 16
+    return Transposed(worth and all(is_channels_first(x) and planes(x) for x in tensors))
 
 
 def is_channels_first(x: Tensor) -> bool:
@@ -420,8 +539,8 @@ def forward(
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, height, width) if return_lse else (0,), dtype=statistics_dtype(query.dtype))
     if out.numel():
-        lse_or_none = lse if return_lse else None
-        forward_launch(query, key, value, bias, out, lse_or_none, window_size, shift, scale).run()
+        tensors = query, key, value, bias, out, lse if return_lse else None
+        run(forward_launches, *tensors, window_size=window_size, shift=shift, scale=scale)
     return out, lse
 
 
@@ -445,34 +564,39 @@ def backward(
             tensor.zero_()
         return None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
     grads = grad_query, grad_key, grad_value
-    # contiguous already, unless vmap made it a view
-    launches, partial = backward_launches(
-        grad, query, key, value, bias, lse.contiguous(), *grads, window_size=window_size, shift=shift, scale=scale
-    )
-    for launch in launches:
-        launch.run()
+    # L is contiguous already, unless vmap made it a view
+    inputs = grad, query, key, value, bias, lse.contiguous()
+    partial = run(backward_launches, *inputs, *grads, window_size=window_size, shift=shift, scale=scale)
     if partial is None:
         return None
     return partial.sum(0) if bias.shape[0] == query.shape[3] else partial.sum((0, 1)).unsqueeze(0)
 
 
-def forward_launch(
+def forward_launches(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
+    *,
     window_size: Pair,
     shift: Pair,
     scale: float,
-) -> Launch:
-    """The launch that fills ``out``, and ``lse`` unless it is None."""
+) -> Made:
+    """The launches that fill ``out``, and ``lse`` unless it is None."""
+    copies = transposed(window_size, query, key, value, out)
+    query, key, value = map(copies.read, (query, key, value))
     call = Call(query, key, bias, window_size, shift, scale)
-    tensors = {"q": query, "k": key, "v": value, "out": out}
-    return call.launch(
-        window_attention_fwd_kernel, call.windows * call.blocks_n, tensors, bias_ptr=bias, lse_ptr=lse, num_stages=2
-    )
+    tensors = {"q": query, "k": key, "v": value, "out": copies.written(out)}
+    arguments = {"bias_ptr": bias, "lse_ptr": lse, "num_stages": 2}
+    if call.blocks_n * call.blocks_m > 1:
+        kernel, programs = window_attention_fwd_blocks_kernel, call.windows * call.blocks_n
+    else:
+        per_program = terms_per_program(call.windows, call.heads, FORWARD_PROGRAMS)
+        arguments |= {"window_count": call.windows, "windows_per_program": per_program}
+        kernel, programs = window_attention_fwd_kernel, triton.cdiv(call.windows, per_program)
+    return [*copies.before, call.launch(kernel, programs, tensors, **arguments), *copies.after], None
 
 
 def backward_launches(
@@ -489,17 +613,18 @@ def backward_launches(
     window_size: Pair,
     shift: Pair,
     scale: float,
-) -> tuple[list[Launch], Tensor | None]:
+) -> Made:
     """The launches that fill the gradients, and the partial sums they leave for the bias, (chunks, heads, N, M)."""
+    copies = transposed(window_size, grad, query, key, value, grad_query, grad_key, grad_value)
+    grad, query, key, value = map(copies.read, (grad, query, key, value))
+    grad_query, grad_key, grad_value = map(copies.written, (grad_query, grad_key, grad_value))
     call = Call(query, key, bias, window_size, shift, scale)
     tensors = {"g": grad, "q": query, "k": key, "v": value}
     outputs = {"dq": grad_query, "dk": grad_key, "dv": grad_value}
     tiles = call.blocks_n * call.blocks_m
-    per_program, partial = 1, None
-    if bias is not None:
-        per_program = terms_per_program(call.windows, call.heads * tiles)
-        chunks = triton.cdiv(call.windows, per_program)
-        partial = lse.new_empty((chunks, call.heads, call.n, call.m))
+    per_program = terms_per_program(call.windows, call.heads * tiles, call.most_programs)
+    chunks = triton.cdiv(call.windows, per_program)
+    partial = None if bias is None else lse.new_empty((chunks, call.heads, call.n, call.m))
     whole = tiles == 1
     delta, total = (None, None) if whole else (torch.empty_like(lse), torch.empty_like(lse))
     saved = {"bias_ptr": bias, "lse_ptr": lse, "delta_ptr": delta, "total_ptr": total}
@@ -520,15 +645,16 @@ def backward_launches(
         launches.append(
             call.launch(
                 window_attention_bwd_kernel,
-                triton.cdiv(call.windows, per_program) * tiles,
+                chunks * tiles,
                 tensors | (outputs if whole else dict.fromkeys(outputs)),
                 **saved,
                 dbias_ptr=partial,
+                num_stages=2 if query.dtype.itemsize == 2 else 1,  # more of float32 has no room in shared memory
                 window_count=call.windows,
                 windows_per_program=per_program,
             )
         )
-    return launches, partial
+    return [*copies.before, *launches, *copies.after], partial
 
 
 def bias_strides(bias: Tensor) -> tuple[int, ...]:
@@ -563,6 +689,8 @@ class Call:
         tile = choose(self.n, self.m, d, query.dtype)
         self.blocks_n, self.blocks_m = triton.cdiv(self.n, tile.block_n), triton.cdiv(self.m, tile.block_m)
         self.num_warps = tile.num_warps
+        # of those that add up a sum: small tiles take more of them to fill a GPU, and less memory for each
+        self.most_programs = 4096 if tile.block_n * tile.block_m <= 1024 else 1024
         self.arguments: dict[str, Any] = {
             "bias_strides": None if bias is None else bias_strides(bias),
             "query_grid": (*query_map, *(-b for b in before)),

@@ -21,8 +21,8 @@ tile, over a chunk of the windows. In 16 bits, this last kernel does the work of
 of keys holds those of a window, and all the work where one block of queries holds them too. A program has one tangent,
 for the reason given in attention_tangents.py.
 
-Precision is that of window_attention.py. Tiles of vectors are tuples of one part, which the functions of attention.py
-take.
+Precision is that of window_attention.py, but float32 is multiplied without tensor cores, for whose split operands there
+are too few registers. Tiles of vectors are tuples of one part, which the functions of attention.py take.
 
 Source: none; the formulas are those of vitfast/reference/window_attention.py.
 """
@@ -39,8 +39,16 @@ from torch import Tensor
 
 from .attention import _multiply, _products, _zeros
 from .attention_tangents import _add_product_tangent, _load_rows, _products_tangent, _store_rows
-from .common import divide_rows, online_softmax, scaled, statistics_dtype, tangents_to_fill, terms_per_program
-from .launch import Launch
+from .common import (
+    divide_rows,
+    online_softmax,
+    scaled,
+    softmax,
+    statistics_dtype,
+    tangents_to_fill,
+    terms_per_program,
+)
+from .launch import Made, run
 from .window_attention import (
     Call,
     Pair,
@@ -67,9 +75,9 @@ def _load_tangent(
     ptr, strides, t, tokens, head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """The vectors of the tokens of one head in tangent t, a tuple of one part; None stays None. [BLOCK, BLOCK_D]"""
+    """The vectors of the tokens of one head in tangent t, one part or, if it is None, none. [BLOCK, BLOCK_D]"""
     if ptr is None:
-        return None
+        return ()
     else:
         return (_load(ptr + t * strides[5], strides, tokens, head, D, BLOCK_D, CHANNELS_FIRST),)
 
@@ -145,18 +153,16 @@ def window_attention_tangents_kernel(
         k = (_load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_M, BLOCK_D]
         v = (_load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_M, BLOCK_D]
         if WHOLE_ROWS:
-            s = _scores(q[0], k[0], bias, queries, keys, scale)  # [BLOCK_N, BLOCK_M]
-            # a query outside the map has no key: -inf - (-inf) would be NaN
-            top = tl.where(queries[3], tl.max(s, 1), 0.0)
-            p = tl.exp(s - top[:, None])
-            total = tl.sum(p, 1)
-            p = divide_rows(p, total[:, None])
+            s = _scores(q[0], k[0], bias, keys, scale, "ieee")  # [BLOCK_N, BLOCK_M]
+            p, top, total = softmax(s)
+            # a query outside the map has no part in any sum over the queries
+            p *= tl.where(queries[3], 1.0 / total, 0.0)[:, None]
         else:
             top, inverse = _load_rows(top_ptr, total_ptr, rows, queries[3])
-            p = _probabilities(q[0], k[0], bias, top, queries, keys, scale) * inverse[:, None]
+            p = _probabilities(q[0], k[0], bias, top, keys, scale, "ieee") * inverse[:, None]
         if g_ptr is not None:
             g = (_load(g_ptr, g_strides, queries, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_N, BLOCK_D]
-            dp = _products(g, v)  # [BLOCK_N, BLOCK_M]
+            dp = _products(g, v, "ieee")  # [BLOCK_N, BLOCK_M]
             delta = tl.sum(p * dp, 1) if WHOLE_ROWS else tl.load(delta_ptr + rows, mask=queries[3], other=0.0)
             dp -= delta[:, None]
         rows_t = _row_offsets(queries, head * tangents + t, heads * tangents, query_grid)
@@ -232,10 +238,10 @@ def window_attention_rows_kernel(
         keys = _tokens(window, key_grid, start_m, KEY_WINDOW, BLOCK_M, OFFSET)
         k = _load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        p, decay, top, total = online_softmax(_scores(q, k, bias, queries, keys, scale), top, total)
+        p, decay, top, total = online_softmax(_scores(q, k, bias, keys, scale, "ieee"), top, total)
         if g_ptr is not None:
             v = (_load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_M, BLOCK_D]
-            delta = delta * decay + tl.sum(p * _products(g, v), 1)
+            delta = delta * decay + tl.sum(p * _products(g, v, "ieee"), 1)
 
     rows = _row_offsets(queries, head, heads, query_grid)  # [BLOCK_N]
     _store_rows(top_ptr, total_ptr, delta_ptr, rows, queries[3], top, total, divide_rows(delta, total))
@@ -278,7 +284,7 @@ def window_attention_tangents_query_kernel(
         k = (_load(k_ptr, k_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_M, BLOCK_D]
         k_t = _load_tangent(k_t_ptr, k_t_strides, t, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        p = _probabilities(q[0], k[0], bias, top, queries, keys, scale) * inverse[:, None]
+        p = _probabilities(q[0], k[0], bias, top, keys, scale, "ieee") * inverse[:, None]
         s_t = _scores_tangent(
             q, k, q_t, k_t, bias_t_ptr, bias_t_strides, t, head, start_n, start_m, scale,
             N, M, BLOCK_N, BLOCK_M, DTYPE,
@@ -287,7 +293,7 @@ def window_attention_tangents_query_kernel(
         if g_ptr is not None:
             v = (_load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_M, BLOCK_D]
             v_t = _load_tangent(v_t_ptr, v_t_strides, t, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
-            dp = _products(g, v) - delta[:, None]
+            dp = _products(g, v, "ieee") - delta[:, None]
             # The rows of P * (dP - delta) add up to 0, so S. may stand here for S. - mu., which is not known yet.
             delta_t += tl.sum(p * (s_t * dp + _products_tangent(g, v, g_t, v_t, DTYPE)), 1)
 
@@ -300,7 +306,7 @@ def window_attention_tangents_query_kernel(
         v = (_load(v_ptr, v_strides, keys, head, D, BLOCK_D, CHANNELS_FIRST),)  # [BLOCK_M, BLOCK_D]
         v_t = _load_tangent(v_t_ptr, v_t_strides, t, keys, head, D, BLOCK_D, CHANNELS_FIRST)  # [BLOCK_M, BLOCK_D]
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        p = _probabilities(q[0], k[0], bias, top, queries, keys, scale) * inverse[:, None]
+        p = _probabilities(q[0], k[0], bias, top, keys, scale, "ieee") * inverse[:, None]
         s_t = _scores_tangent(
             q, k, q_t, k_t, bias_t_ptr, bias_t_strides, t, head, start_n, start_m, scale,
             N, M, BLOCK_N, BLOCK_M, DTYPE,
@@ -309,7 +315,7 @@ def window_attention_tangents_query_kernel(
         if out_t_ptr is not None:
             out_t = _add_product_tangent(out_t, p, p_t, v, v_t)
         if g_ptr is not None:
-            dp = _products(g, v) - delta[:, None]
+            dp = _products(g, v, "ieee") - delta[:, None]
             dp_t = _products_tangent(g, v, g_t, v_t, DTYPE) - delta_t[:, None]
             dq_t = _add_product_tangent(dq_t, p * dp, p_t * dp + p * dp_t, k, k_t)
 
@@ -360,14 +366,14 @@ def window_attention_tangents_key_kernel(
         mean_t = tl.load(mean_t_ptr + rows_t, mask=queries[3], other=0.0)
         delta_t = tl.load(delta_t_ptr + rows_t, mask=queries[3], other=0.0)
         bias = _load_bias(bias_ptr, bias_strides, head, start_n, start_m, N, M, BLOCK_N, BLOCK_M, DTYPE)
-        p = _probabilities(q[0], k[0], bias, top, queries, keys, scale) * inverse[:, None]
+        p = _probabilities(q[0], k[0], bias, top, keys, scale, "ieee") * inverse[:, None]
         s_t = _scores_tangent(
             q, k, q_t, k_t, bias_t_ptr, bias_t_strides, t, head, start_n, start_m, scale,
             N, M, BLOCK_N, BLOCK_M, DTYPE,
         )  # fmt: skip
         p_t = p * (s_t - mean_t[:, None])
         dv_t = _add_product_tangent(dv_t, tl.trans(p), tl.trans(p_t), g, g_t)
-        dp = _products(g, v) - delta[:, None]
+        dp = _products(g, v, "ieee") - delta[:, None]
         ds_t = p_t * dp + p * (_products_tangent(g, v, g_t, v_t, DTYPE) - delta_t[:, None])
         dk_t = _add_product_tangent(dk_t, tl.trans(p * dp), tl.trans(ds_t), q, q_t)
     dk_t = _multiply(dk_t, tl.full([], scale, DTYPE))
@@ -425,12 +431,8 @@ def tangents(
         if want_gradients and bias is not None:
             return *outputs, bias.new_zeros((count, *bias.shape), dtype=statistics_dtype(query.dtype))
         return *outputs, None
-    launches, partial = tangents_launches(
-        query, key, value, bias, grad, grad_t, query_t, key_t, value_t, bias_t, *outputs,
-        window_size=window_size, shift=shift, scale=scale,
-    )  # fmt: skip
-    for launch in launches:
-        launch.run()
+    inputs = query, key, value, bias, grad, grad_t, query_t, key_t, value_t, bias_t
+    partial = run(tangents_launches, *inputs, *outputs, window_size=window_size, shift=shift, scale=scale)
     if partial is None:
         return *outputs, None
     return *outputs, partial.sum(0) if bias.shape[0] == query.shape[3] else partial.sum((0, 2)).unsqueeze(1)
@@ -455,7 +457,7 @@ def tangents_launches(
     window_size: Pair,
     shift: Pair,
     scale: float,
-) -> tuple[list[Launch], Tensor | None]:
+) -> Made:
     """The launches that fill the tangents of the output and of the gradients, and the partial sums for the bias.
 
     ``output_t`` is None if it is not wanted, the other three if the gradients are not. The partial sums are

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -17,32 +18,30 @@ namespace {
 
 using cuda::Blur;
 using cuda::BlurAxis;
+using cuda::BlurPass;
+using cuda::BlurThread;
 using cuda::kBlurThreads;
 using torch::headeronly::ScalarType;
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-template <class Scalar, class Compute, bool kChannelsLast, bool kTranspose, int kTaps>
-__global__ void __launch_bounds__(kBlurThreads, 4) blur_pool_kernel(const __grid_constant__ Blur<Compute> blur) {
-  extern __shared__ __align__(16) unsigned char tile[];
-  __shared__ double sums[kTranspose ? 2 * kBlurThreads : 1];
-  const int thread = static_cast<int>(threadIdx.x);
-  const cuda::BlurBlock<Scalar, Compute, kChannelsLast, kTranspose, kTaps> block(
-      blur, static_cast<int>(blockIdx.x), reinterpret_cast<Compute*>(tile), sums);
-  block.load(thread);
+// Body: see cuda::with_body.
+template <class Body>
+__global__ void __launch_bounds__(kBlurThreads, Body::kBlocks)
+    blur_pool_kernel(const __grid_constant__ Blur<typename Body::Compute> blur) {
+  using Thread = BlurThread<Body>;
+  extern __shared__ double shares[];  // and after them the terms, where sums are wanted
+  auto* terms = reinterpret_cast<typename Body::Compute*>(shares + Thread::kShares);
+  const Thread thread(blur, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
+  thread.compute(terms);
+  if (Body::kPass != BlurPass::kTranspose || blur.partial == nullptr) return;
   __syncthreads();
-  block.compute(thread);
-  if (kTranspose && blur.partial != nullptr) {
-    for (int width = (kBlurThreads >> blur.tiles.log_depth) / 2; width > 0; width /= 2) {
-      __syncthreads();
-      block.add_sums(thread, width);
-    }
-    __syncthreads();
-    block.write_sums(thread);
-  }
+  thread.add_terms(terms, shares);
+  __syncthreads();
+  thread.add_shares(shares);
 }
 
-constexpr int kSumChannels = 32, kSumLanes = 8;  // of a block
+constexpr int kSumChannels = 8, kSumLanes = 32;  // of a block: a line of the cache, by many that read at once
 
 // scale[c] and shift[c] from the sums of all parts, (parts, channels, 2), in a fixed order.
 __global__ void __launch_bounds__(kSumChannels* kSumLanes)
@@ -74,7 +73,9 @@ void check_cuda(cudaError_t status) {
 
 cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  // the headers name their own check of such codes anew in every version
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "vitfast::blur_pool2d: PyTorch has no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -87,25 +88,28 @@ struct Call {
   double *grad_scale = nullptr, *grad_shift = nullptr;  // (channels,), or null if they are not wanted
 };
 
-template <class Scalar, class Compute, bool kChannelsLast, bool kTranspose, int kTaps>
-void launch(const Blur<Compute>& blur, cudaStream_t stream) {
-  const int64_t blocks = blur.tiles.blocks();
-  check_blur(blocks < int64_t{1} << 31, "the map has too many values for one launch");
-  blur_pool_kernel<Scalar, Compute, kChannelsLast, kTranspose, kTaps>
-      <<<static_cast<unsigned>(blocks), kBlurThreads, blur.tiles.shared_values() * sizeof(Compute), stream>>>(blur);
+template <class Body>
+void launch(const Blur<typename Body::Compute>& blur, cudaStream_t stream) {
+  using Thread = BlurThread<Body>;
+  check_blur(blur.layout.groups < int64_t{1} << 31, "the map has too many values for one launch");
+  const size_t shared =
+      blur.partial == nullptr ? 0 : Thread::kShares * sizeof(double) + Thread::kTerms * sizeof(typename Body::Compute);
+  const dim3 grid(static_cast<unsigned>(blur.layout.groups), static_cast<unsigned>(blur.layout.parts));
+  blur_pool_kernel<Body><<<grid, kBlurThreads, shared, stream>>>(blur);
   check_cuda(cudaGetLastError());
 }
 
-// The kernels of 2, 3 and 4 taps, the usual ones, are unrolled.
-template <class Scalar, class Compute, bool kChannelsLast>
-void launch_for_taps(const Blur<Compute>& blur, bool transpose, cudaStream_t stream) {
-  const int taps = blur.rows.taps == blur.columns.taps ? blur.rows.taps : 0;
-  if (transpose) return launch<Scalar, Compute, kChannelsLast, true, 0>(blur, stream);
-  if (taps == 2) return launch<Scalar, Compute, kChannelsLast, false, 2>(blur, stream);
-  if (taps == 3) return launch<Scalar, Compute, kChannelsLast, false, 3>(blur, stream);
-  if (taps == 4) return launch<Scalar, Compute, kChannelsLast, false, 4>(blur, stream);
-  launch<Scalar, Compute, kChannelsLast, false, 0>(blur, stream);
+// What is counted in 32 bits: the pixels of a plane or image, and the values of a row.
+template <class Compute>
+void check_size(const Blur<Compute>& blur) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const int64_t height = std::max(blur.rows.size, blur.rows.outputs);
+  const int64_t width = std::max(blur.columns.size, blur.columns.outputs);
+  check_blur(height * width < kLimit && width * (blur.channels_last ? blur.channels : 1) < kLimit,
+             "the map has too many values for one launch");
 }
+
+bool is_aligned(const void* map) { return reinterpret_cast<uintptr_t>(map) % 16 == 0; }
 
 // On the device and stream of `like`.
 template <class Scalar, class Compute>
@@ -126,21 +130,23 @@ void run_as(const Call& call, const Tensor& like) {
   blur.out = given.out;
   blur.scale = static_cast<const Compute*>(call.scale);
   blur.shift = static_cast<const Compute*>(call.shift);
-  constexpr int kVector = 16 / sizeof(Scalar);
-  const int64_t width = call.transpose ? blur.columns.outputs : blur.columns.size;
-  const int64_t contiguous = call.channels_last ? blur.channels : width;
-  blur.vectors = contiguous % kVector == 0 && reinterpret_cast<uintptr_t>(blur.in) % 16 == 0;
-  blur.tiles = cuda::cut_into_tiles(blur, call.channels_last, call.transpose, kVector);
+  blur.channels_last = call.channels_last;
+  blur.aligned = is_aligned(blur.in) && is_aligned(blur.primal) && is_aligned(blur.out);
+  check_size(blur);
   const cudaStream_t stream = current_stream(like);
   const bool sums = call.grad_scale != nullptr;
-  const int64_t parts = sums ? int64_t{blur.batch} * blur.tiles.along_rows * blur.tiles.along_columns : 0;
-  const Tensor partial = torch::stable::new_empty(like, {parts, int64_t{blur.channels}, 2}, ScalarType::Double);
-  if (sums) blur.partial = static_cast<double*>(partial.data_ptr());
-  if (call.channels_last) {
-    launch_for_taps<Scalar, Compute, true>(blur, call.transpose, stream);
-  } else {
-    launch_for_taps<Scalar, Compute, false>(blur, call.transpose, stream);
-  }
+  int64_t parts = 0;
+  std::optional<Tensor> partial;
+  cuda::with_body<Scalar>(blur, call.transpose, [&](auto body) {
+    using Body = decltype(body);
+    blur.layout = cuda::layout_of<Body>(blur, sums);
+    if (sums) {
+      parts = int64_t{blur.batch} * blur.layout.parts;
+      partial = torch::stable::new_empty(like, {parts, int64_t{blur.channels}, 2}, ScalarType::Double);
+      blur.partial = static_cast<double*>(partial->data_ptr());
+    }
+    launch<Body>(blur, stream);
+  });
   if (!sums) return;
   const int64_t blocks = (blur.channels + kSumChannels - 1) / kSumChannels;
   add_up_parts<<<static_cast<unsigned>(blocks), kSumChannels * kSumLanes, 0, stream>>>(
@@ -179,7 +185,8 @@ Call call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& ke
                   outputs = blur_outputs(places, taps, stride[dim], before, after, padding_mode);
     check_blur(places + before + after < cuda::kMostPlaces, "the map with its margins is too large");
     const auto small = [](int64_t value) { return static_cast<int>(std::min(value, cuda::kMostPlaces)); };
-    return BlurAxis{small(places), small(outputs), small(stride[dim]), small(before), small(after), small(taps)};
+    return cuda::axis_of(small(places), small(outputs), small(stride[dim]), small(before), small(after), small(taps),
+                         static_cast<BlurPadding>(padding_mode));
   };
   check_blur(like.size(0) * like.size(1) < int64_t{1} << 31, "the map has too many planes");
   Call call{};

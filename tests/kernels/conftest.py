@@ -1,11 +1,25 @@
-"""A fixture of the tests on a GPU."""
+"""A fixture of the tests on a GPU, and how several processes share them."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 import vitfast
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """With VITFAST_SHARD=2/16, every sixteenth test from the third on: `make gpu-test` runs all shards side by side."""
+    shard = os.environ.get("VITFAST_SHARD")
+    if shard is None:
+        return
+    number, count = map(int, shard.split("/"))
+    chosen = [item for i, item in enumerate(items) if i % count == number]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != number])
+    items[:] = chosen
 
 
 @pytest.fixture

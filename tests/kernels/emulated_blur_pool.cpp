@@ -1,6 +1,6 @@
 // The kernels of csrc/cuda/blur_pool_kernel.h on the host: every block, step by step, one thread after the other.
 #include <algorithm>
-#include <cstring>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -13,85 +13,79 @@ using namespace vitfast::cuda;
 
 // What a test passes, as it is laid out by ctypes.
 struct Arguments {
-  int32_t batch, channels, channels_last, transpose, padding, activation, vectors;
-  int32_t rows[6], columns[6];  // of BlurAxis
+  int32_t batch, channels, channels_last, transpose, padding, activation, aligned;
+  int32_t rows[6], columns[6];  // for axis_of
   double temperature, weights[kMostTaps * kMostTaps];
   const void *in, *primal, *scale, *shift;
   void* out;
   double* sums;  // (2, channels), or null
 };
 
-BlurAxis axis_of(const int32_t (&numbers)[6]) {
-  return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+BlurAxis axis_from(const int32_t (&numbers)[6], BlurPadding padding) {
+  return axis_of(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], padding);
 }
 
-template <class Scalar, bool kChannelsLast, bool kTranspose, int kTaps>
+template <class Body>
+void run_block(const Blur<typename Body::Compute>& blur, int group, int part) {
+  using Compute = typename Body::Compute;
+  using Thread = BlurThread<Body>;
+  // With nothing in them, and none where no sums are wanted: the checks see what lies beyond.
+  const bool sums = blur.partial != nullptr;
+  std::vector<Compute> terms(sums ? Thread::kTerms : 0, std::numeric_limits<Compute>::quiet_NaN());
+  std::vector<double> shares(sums ? Thread::kShares : 0, std::numeric_limits<double>::quiet_NaN());
+  const auto threads = [&](auto step) {
+    for (int thread = 0; thread < kBlurThreads; ++thread) step(Thread(blur, group, part, thread));
+  };
+  threads([&](const Thread& thread) { thread.compute(terms.data()); });
+  if (!sums) return;
+  threads([&](const Thread& thread) { thread.add_terms(terms.data(), shares.data()); });
+  threads([&](const Thread& thread) { thread.add_shares(shares.data()); });
+}
+
+// The sums over all parts, as add_up_parts in blur_pool.cu.
+void add_up(const std::vector<double>& partial, int64_t channels, double* sums) {
+  std::fill(sums, sums + 2 * channels, 0.0);
+  for (size_t i = 0; i < partial.size(); ++i) {
+    const int64_t channel = static_cast<int64_t>(i) / 2 % channels, which = i % 2;
+    sums[which * channels + channel] += partial[i];
+  }
+}
+
+template <class Scalar>
 void run(const Arguments& given) {
   Blur<Scalar> blur{};
   blur.batch = given.batch;
   blur.channels = given.channels;
-  blur.rows = axis_of(given.rows);
-  blur.columns = axis_of(given.columns);
   blur.padding = static_cast<BlurPadding>(given.padding);
+  blur.rows = axis_from(given.rows, blur.padding);
+  blur.columns = axis_from(given.columns, blur.padding);
   blur.activation = static_cast<BlurActivation>(given.activation);
   blur.temperature = static_cast<Scalar>(given.temperature);
   const std::vector<float> narrow(std::begin(given.weights), std::end(given.weights));
   blur.weights_are_double = sizeof(Scalar) == sizeof(double);
   blur.weights = blur.weights_are_double ? static_cast<const void*>(given.weights) : narrow.data();
-  blur.vectors = given.vectors;
+  blur.channels_last = given.channels_last;
+  blur.aligned = given.aligned;
   blur.in = given.in;
   blur.primal = given.primal;
   blur.out = given.out;
   blur.scale = static_cast<const Scalar*>(given.scale);
   blur.shift = static_cast<const Scalar*>(given.shift);
-  using Block = BlurBlock<Scalar, Scalar, kChannelsLast, kTranspose, kTaps>;
-  blur.tiles = cut_into_tiles(blur, kChannelsLast, kTranspose, Block::kVector);
-  const int64_t parts = int64_t{blur.batch} * blur.tiles.along_rows * blur.tiles.along_columns;
-  std::vector<double> partial(given.sums ? 2 * parts * blur.channels : 0, std::numeric_limits<double>::quiet_NaN());
-  if (given.sums) blur.partial = partial.data();
-  for (int64_t number = 0; number < blur.tiles.blocks(); ++number) {
-    // Of the size that is asked for, so that a sanitizer sees what lies beyond, and with nothing in it.
-    std::vector<Scalar> tile(blur.tiles.shared_values(), std::numeric_limits<Scalar>::quiet_NaN());
-    std::vector<double> sums(2 * kBlurThreads, std::numeric_limits<double>::quiet_NaN());
-    const Block block(blur, static_cast<int>(number), tile.data(), sums.data());
-    const auto threads = [](auto step) {
-      for (int thread = 0; thread < kBlurThreads; ++thread) step(thread);
-    };
-    threads([&](int thread) { block.load(thread); });
-    threads([&](int thread) { block.compute(thread); });
-    if (!kTranspose || !given.sums) continue;
-    for (int width = (kBlurThreads >> blur.tiles.log_depth) / 2; width > 0; width /= 2) {
-      threads([&](int thread) { block.add_sums(thread, width); });
+  with_body<Scalar>(blur, given.transpose, [&](auto body) {
+    using Body = decltype(body);
+    const bool sums = given.sums != nullptr;
+    blur.layout = layout_of<Body>(blur, sums);
+    const int64_t parts = int64_t{blur.batch} * blur.layout.parts;
+    std::vector<double> partial(sums ? 2 * parts * blur.channels : 0, std::numeric_limits<double>::quiet_NaN());
+    if (sums) blur.partial = partial.data();
+    for (int group = 0; group < blur.layout.groups; ++group) {
+      for (int part = 0; part < blur.layout.parts; ++part) run_block<Body>(blur, group, part);
     }
-    threads([&](int thread) { block.write_sums(thread); });
-  }
-  for (int64_t i = 0; given.sums && i < 2 * blur.channels; ++i) {
-    given.sums[i] = 0;
-    const int64_t channel = i % blur.channels, which = i / blur.channels;
-    for (int64_t part = 0; part < parts; ++part) given.sums[i] += partial[2 * (part * blur.channels + channel) + which];
-  }
-}
-
-template <class Scalar, bool kChannelsLast>
-void run_in_format(const Arguments& given, int taps) {
-  if (given.transpose) return run<Scalar, kChannelsLast, true, 0>(given);
-  if (taps == 2) return run<Scalar, kChannelsLast, false, 2>(given);
-  if (taps == 3) return run<Scalar, kChannelsLast, false, 3>(given);
-  if (taps == 4) return run<Scalar, kChannelsLast, false, 4>(given);
-  run<Scalar, kChannelsLast, false, 0>(given);
-}
-
-template <class Scalar>
-void run_for(const Arguments& given) {
-  const int taps = given.rows[5] == given.columns[5] ? given.rows[5] : 0;
-  if (given.channels_last) {
-    run_in_format<Scalar, true>(given, taps);
-  } else {
-    run_in_format<Scalar, false>(given, taps);
-  }
+    if (sums) add_up(partial, blur.channels, given.sums);
+  });
 }
 
 }  // namespace
 
-extern "C" void blur_pool_float(const Arguments* given) { run_for<float>(*given); }
-extern "C" void blur_pool_double(const Arguments* given) { run_for<double>(*given); }
+extern "C" void blur_pool_float(const Arguments* given) { run<float>(*given); }
+extern "C" void blur_pool_double(const Arguments* given) { run<double>(*given); }

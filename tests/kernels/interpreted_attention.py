@@ -433,13 +433,14 @@ TANGENT_KERNELS = [
 ]
 
 
+@pytest.mark.parametrize("bias_rows", [False, True], ids=["no rows", "rows"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS + TANGENT_KERNELS, ids=lambda kernel: kernel.__name__)
-def test_tiling(kernel, dtype):
+def test_tiling(kernel, dtype, bias_rows):
     tiling = (attention_tangents if kernel in TANGENT_KERNELS else kernels).tiling
     for d in (8, 32, 48, 64, 80, 128, 192, 256):
-        for n, m in ((1, 1), (1, 577), (50, 50), (197, 197), (4096, 77)):
-            tile = tiling(kernel, n, m, d, dtype)
+        for n, m in ((1, 1), (1, 577), (50, 50), (197, 197), (4096, 77), (77, 4096)):
+            tile = tiling(kernel, n, m, d, dtype, bias_rows)
             for size, tokens in ((tile.block_n, n), (tile.block_m, m)):
                 assert 16 <= size <= 128  # 16 is the least that Triton multiplies
                 assert size & (size - 1) == 0

@@ -77,7 +77,7 @@ def test_windows_of_one_chunk_are_added_up(window, monkeypatch):
     """Each program takes three of the windows, which leaves fewer for the last one."""
     case = Case(size=(window[0], window[1] + 1), window=window, shift=(0, 1), heads=1, dim=16)
     assert terms_per_program(4, parallel=1) == 1
-    monkeypatch.setattr(kernels, "terms_per_program", lambda terms, parallel: 3)
+    monkeypatch.setattr(kernels, "terms_per_program", lambda terms, parallel, programs=1: 3)
     inputs, plain_results, exact_results = expected(case, torch.float32)
     assert_results_close(fused(case, inputs), plain_results, exact_results)
 
@@ -252,7 +252,7 @@ def test_tangents_of_zero(dtype, name, absent):
 def test_tangents_of_the_windows_of_one_chunk_are_added_up(window, dtype, monkeypatch):
     """Each program takes three of the four windows, which leaves one for the last."""
     case = Case(size=(window[0], window[1] + 1), window=window, shift=(0, 1), heads=1, dim=8)
-    monkeypatch.setattr(window_attention_tangents, "terms_per_program", lambda terms, parallel: 3)
+    monkeypatch.setattr(window_attention_tangents, "terms_per_program", lambda terms, parallel, programs=1: 3)
     WINDOW_ATTENTION.assert_right(case, *tangent_inputs(case, dtype, count=2))
 
 

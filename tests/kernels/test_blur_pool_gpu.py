@@ -92,8 +92,13 @@ def assert_right(shape, dtype, channels_last, *, prologue=False, **options):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     assert ours[0].is_contiguous(memory_format=memory_format)
     assert ours[1].is_contiguous(memory_format=memory_format)
+    # All values of a map of one place are multiplied by one sum of weights, whose rounding is no average of many.
+    roundings = 4 if shape[2:] == (1, 1) else 1
     for name, mine, theirs, truth in zip(("output", "x", "scale", "shift"), ours, plain, exact, strict=False):
-        assert_close_to_reference(mine.cpu(), theirs.cpu(), truth.cpu(), name=name)
+        if dtype == torch.float64:  # nothing is more exact
+            torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+        else:
+            assert_close_to_reference(mine.cpu(), theirs.cpu(), truth.cpu(), name, roundings)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

@@ -550,6 +550,19 @@ def _composite(operation) -> Callable:
 _MEAN = 1  # of the reductions of losses
 
 
+@_composite(aten.cudnn_batch_norm.default)
+def _cudnn_batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
+    results = aten.native_batch_norm.default(x, weight, bias, mean, variance, training, momentum, eps)
+    return *results, x.new_empty(0, dtype=torch.uint8)  # what cuDNN reserves for its own backward
+
+
+@_composite(aten.cudnn_batch_norm_backward.default)
+def _cudnn_batch_norm_backward(x, grad, weight, mean, variance, save_mean, save_inverse, eps, reserve):
+    training, wanted = True, [True, True, True]
+    statistics = mean, variance, save_mean, save_inverse
+    return aten.native_batch_norm_backward.default(grad, x, weight, *statistics, training, eps, wanted)
+
+
 @_composite(aten.silu_backward.default)
 def _silu_backward(grad, x):
     gate = x.sigmoid()

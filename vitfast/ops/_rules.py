@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,20 @@ def forward_ad_is_nested() -> bool:
 def is_batched_gradient(grad: Tensor) -> bool:
     """Whether autograd asks for many gradients at once, ``is_grads_batched=True``: a vmap that is no transform."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
+
+
+def have_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a kernel that Python launches can take the tensors' pointers, and nobody has to see the operator.
+
+    Subclasses that PyTorch dispatches and tensors of a vmap that is no transform may be without memory of their own,
+    and modes of dispatching follow what is computed: all these have to meet the registered operator.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or (type(t) in _WITH_MEMORY and not is_batched_gradient(t)) for t in tensors)
 
 
 def is_autocast(device: torch.device) -> bool:
