@@ -13,17 +13,25 @@ from vitfast.ops.linear import linear
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at calls of the module or a part of it: by a hook, on it or on all modules, or by a
     ``forward`` of its own that the instance was given."""
-    everywhere = (_modules._global_forward_hooks, _modules._global_forward_pre_hooks)
-    everywhere += (_modules._global_backward_hooks, _modules._global_backward_pre_hooks)
-    if any(everywhere):
+    if (
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    ):
         return True
-    return any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "forward" in part.__dict__
-        for part in module.modules()
+    if not module._modules:  # the usual case, for which a walk would take longer than the check
+        return _is_watched(module)
+    return any(map(_is_watched, module.modules()))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -49,11 +57,11 @@ def is_exact_gelu(module: nn.Module) -> bool:
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), on the CPU by the faster of PyTorch's matrix products if the layer is a plain linear one."""
-    return linear(x, layer.weight, layer.bias) if is_plain_linear(layer) else layer(x)
+    return linear(x, layer.weight, layer.bias) if x.is_cpu and is_plain_linear(layer) else layer(x)
 
 
 def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """fc2(gelu(fc1(x))) by the fused function."""
+    """fc2(gelu(fc1(x))) by the fused function; on other devices than the CPU it has nothing to offer."""
     return functional.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 

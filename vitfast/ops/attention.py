@@ -97,7 +97,7 @@ def _unpack(qkv: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """(query, key, value), each (..., heads, tokens, D); None, a tangent of zero, is taken apart like a tensor."""
     if len(qkv) == 3:
         return tuple(qkv)
-    return (None, None, None) if qkv[0] is None else tuple(t.transpose(-3, -2) for t in qkv[0].unbind(-3))
+    return (None, None, None) if qkv[0] is None else qkv[0].transpose(-4, -2).unbind(-3)
 
 
 def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

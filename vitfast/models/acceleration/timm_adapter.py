@@ -65,8 +65,7 @@ class FusedMlp(Mlp):
     """`timm.layers.Mlp` on `vitfast.functional.mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = is_plain_linear(self.fc1) and is_plain_linear(self.fc2) and isinstance(self.norm, nn.Identity)
-        if linear and _is_gelu(self.act) and is_idle(self.drop1):
+        if _is_fusible_mlp(self, x):
             return self.drop2(fused_mlp(x, self.fc1, self.fc2))
         return super().forward(x)
 
@@ -140,6 +139,11 @@ def _is_gelu(activation: nn.Module, whatever_looks: bool = False) -> bool:
     """Whether an activation is the exact GELU, PyTorch's or timm's, and nobody looks at it or that does not matter."""
     exact = type(activation) is GELU or (type(activation) is nn.GELU and activation.approximate == "none")
     return exact and (whatever_looks or not has_hooks(activation))
+
+
+def _is_fusible_mlp(mlp: Mlp, x: Tensor) -> bool:
+    linear = x.is_cpu and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and isinstance(mlp.norm, nn.Identity)
+    return linear and _is_gelu(mlp.act) and is_idle(mlp.drop1)
 
 
 def _has_other_layers(mlp: Mlp) -> str | None:

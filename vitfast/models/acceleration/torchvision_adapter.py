@@ -56,19 +56,19 @@ class FusedMLP(MLP):
     """torchvision's MLP on `vitfast.functional.mlp`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _mlp(self, input) if _is_fusible_mlp(self) else super().forward(input)
+        return _mlp(self, input) if _is_fusible_mlp(self, input) else super().forward(input)
 
 
 class FusedMLPBlock(MLPBlock):
     """The MLP of torchvision's VisionTransformer on `vitfast.functional.mlp`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _mlp(self, input) if _is_fusible_mlp(self) else super().forward(input)
+        return _mlp(self, input) if _is_fusible_mlp(self, input) else super().forward(input)
 
 
-def _is_fusible_mlp(mlp: nn.Sequential) -> bool:
-    """Whether it is linear layer, GELU, dropout, linear layer, dropout."""
-    if len(mlp) != 5:
+def _is_fusible_mlp(mlp: nn.Sequential, x: Tensor) -> bool:
+    """Whether it is linear layer, GELU, dropout, linear layer, dropout, on the CPU."""
+    if not x.is_cpu or len(mlp) != 5:
         return False
     fc1, activation, dropout, fc2, _ = mlp
     return is_plain_linear(fc1) and is_plain_linear(fc2) and is_exact_gelu(activation) and is_idle(dropout)

@@ -127,25 +127,25 @@ class FusedViTMLP(ViTMLP):
     """ViT's MLP on `vitfast.functional.mlp`."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _mlp(self, hidden_states) if _is_fusible_mlp(self) else super().forward(hidden_states)
+        return _mlp(self, hidden_states) if _is_fusible_mlp(self, hidden_states) else super().forward(hidden_states)
 
 
 class FusedDeiTMLP(DeiTMLP):
     """DeiT's MLP on `vitfast.functional.mlp`."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _mlp(self, hidden_states) if _is_fusible_mlp(self) else super().forward(hidden_states)
+        return _mlp(self, hidden_states) if _is_fusible_mlp(self, hidden_states) else super().forward(hidden_states)
 
 
 class FusedSwinMLP(SwinMLP):
     """Swin's MLP on `vitfast.functional.mlp`."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _mlp(self, hidden_states) if _is_fusible_mlp(self) else super().forward(hidden_states)
+        return _mlp(self, hidden_states) if _is_fusible_mlp(self, hidden_states) else super().forward(hidden_states)
 
 
-def _is_fusible_mlp(mlp: nn.Module) -> bool:
-    return is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and _is_gelu(mlp.activation_fn)
+def _is_fusible_mlp(mlp: nn.Module, x: Tensor) -> bool:
+    return x.is_cpu and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and _is_gelu(mlp.activation_fn)
 
 
 def _is_gelu(activation: nn.Module) -> bool:
