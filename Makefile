@@ -119,7 +119,8 @@ GPU_SECONDS := 540
 # The build comes before, and the last case after this.
 GPU_BENCH_SECONDS := 420
 
-GPU_PROCESSES = import os, torch; print(max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[1] // 6442450944)))
+GPU_PROCESSES = import os, torch; \
+	print(max(1, min(len(os.sched_getaffinity(0)), torch.cuda.mem_get_info()[0] // (6 * 2**30))))
 
 .PHONY: gpu
 gpu: gpu-test gpu-bench ## gpu-test, then gpu-bench; both use the PyTorch that PYTHON has
@@ -136,11 +137,12 @@ gpu-test gpu-bench:
 
 .PHONY: on-gpu-test on-gpu-bench build-for-gpu
 # Most of the time goes into compiling Triton kernels, on the CPU: the tests are shared by as many processes as there are
-# processors and, with 6 GiB for each, memory of the GPU.
+# processors and, with 6 GiB for each, memory of the GPU. What a process has to say comes when it ends.
 on-gpu-test: build-for-gpu
 	cd build/gpu/lib && count=$$($(GPU_PYTHON) -c "$(GPU_PROCESSES)") && seq 0 $$((count - 1)) | \
-		OMP_NUM_THREADS=1 xargs -P $$count -I{} env VITFAST_SHARD={}/$$count \
-		$(GPU_PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(CURDIR)/tests/kernels
+		OMP_NUM_THREADS=1 xargs -P $$count -I{} sh -c 'log=tests_{}.log; VITFAST_SHARD={}/$$1 \
+		$(GPU_PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(CURDIR)/tests/kernels >$$log 2>&1; \
+		status=$$?; cat $$log; exit $$status' shard $$count
 
 on-gpu-bench: build-for-gpu
 	@mkdir -p $(RESULTS)

@@ -402,7 +402,7 @@ def _blocks_of_two_bytes(kernel: Any, m: int, width: int, count: int, bias_rows:
 
 def block(tokens: int, limit: int) -> int:
     """The power of two that holds the tokens, but no more than ``limit`` and no less than 16."""
-    return max(16, min(triton.next_power_of_2(tokens), 1 << limit.bit_length() - 1))
+    return max(16, min(triton.next_power_of_2(tokens), 1 << (max(16, limit).bit_length() - 1)))
 
 
 def forward(

@@ -71,10 +71,10 @@ Made = tuple[list[Launch], Tensor | None]
 def run(make: Callable[..., Made], *tensors: Tensor | None, **options: Hashable) -> Tensor | None:
     """Runs the launches of ``make(*tensors, **options)``, and returns the tensor that comes beside them.
 
-    To make launches, and to have Triton specialise them, takes Python 100 microseconds each, many times what the GPU
+    To make launches, and to have Triton specialise them, takes Python 80 microseconds each, many times what the GPU
     needs for small tensors. Both are determined by the options, and by dtype, shape, strides and alignment of the
-    tensors, so it is done once for all calls that agree in these. What ``make`` allocates is allocated anew every time,
-    and has to be contiguous.
+    tensors, so it is done once for all calls that agree in these; Triton's debugging knobs are looked at then, too.
+    What ``make`` allocates is allocated anew every time, and has to be contiguous.
 
     Args:
         tensors: The first is not None. All are on one device, on whose current stream the kernels are launched.
@@ -87,7 +87,7 @@ def run(make: Callable[..., Made], *tensors: Tensor | None, **options: Hashable)
     tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     launches, made = make(*tensors, **options)
     compiled = [launch.run() for launch in launches]
-    if not triton.knobs.runtime.interpret:
+    if all(compiled):  # the interpreter compiles nothing
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = _Known.of(launches, compiled, tensors, made)
@@ -123,6 +123,8 @@ class _Known(NamedTuple):
                 if not isinstance(value, Tensor):
                     continue
                 if id(value) not in index:
+                    assert value.is_contiguous(), "scratch is allocated anew, by its shape"
+                    assert value._base is None, "a view is no scratch"
                     index[id(value)] = len(given) + len(forms)
                     forms.append((value.shape, value.dtype))
                 places.append((place, index[id(value)]))

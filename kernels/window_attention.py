@@ -21,9 +21,10 @@ Kernels. Where one tile of queries and keys holds a window (64 of each, or fewer
 chunk of the windows of one head, and has the bias, or the gradient of it, in registers: ``window_attention_fwd_kernel``
 and, for the whole backward, ``window_attention_bwd_kernel``. Larger windows take ``..._fwd_blocks_kernel``, a block of
 queries over blocks of keys with an online softmax; ``..._bwd_query_kernel`` for dQ, delta and the sums of the rows of
-P, ``..._bwd_key_kernel`` for dK and dV, and ``..._bwd_kernel``, tile by tile, for the bias alone. There are no atomics:
-the partial sums of the bias's gradient, one per chunk, are added up by `torch.sum`, and the number of chunks depends on
-the shapes only, so gradients have the same bits in every run.
+P, ``..._bwd_key_kernel`` for dK and dV, and ``..._bwd_kernel``, tile by tile, for the bias alone. Channels-first maps
+are copied by ``transpose_kernel`` before and after, see `Transposed`. There are no atomics: the partial sums of the
+bias's gradient, one per chunk, are added up by `torch.sum`, and the number of chunks depends on the shapes only, so
+gradients have the same bits in every run.
 
 Precision. float16 and bfloat16 are multiplied by tensor cores and accumulated in float32; P and dS are rounded to the
 input's dtype for their products. A product of float32 is three of TF32 by tensor cores, of the leading halves of both
@@ -441,7 +442,7 @@ def tiling(n: int, m: int, d: int, dtype: torch.dtype) -> Tiling:
     block_d = max(16, triton.next_power_of_2(d))
     tile_bytes = 8192 if dtype == torch.float64 else 16384
     limit = max(16, min(64, tile_bytes // (block_d * dtype.itemsize)))
-    block_n, block_m = (min(limit, max(16, triton.next_power_of_2(size))) for size in (n, m))
+    block_n, block_m = (min(limit, max(SMALLEST_BLOCK, triton.next_power_of_2(size))) for size in (n, m))
     num_warps = max(block_n // 8, 8 if block_d >= 64 else 1) if dtype == torch.float64 else 4
     return Tiling(block_n, block_m, block_d, num_warps)
 
@@ -451,7 +452,10 @@ FORWARD_PROGRAMS = 2048
 is loaded for all of them at once, and they are more than run at the same time, so that they end together."""
 
 
-def planes(x: Tensor) -> bool:
+SMALLEST_BLOCK = 16  # tokens
+
+
+def is_planes(x: Tensor) -> bool:
     """Whether each element of the vectors is a contiguous plane of the map, at equal distances."""
     _, _, width, _, dim = x.shape
     _, row, column, head, element = x.stride()
@@ -502,8 +506,8 @@ class Transposed:
 
 def transposed(window_size: Pair, *tensors: Tensor) -> Transposed:
     """The copies of a call on these tensors."""
-    worth = window_size[0] * window_size[1] > 16
-    return Transposed(worth and all(is_channels_first(x) and planes(x) for x in tensors))
+    worth = window_size[0] * window_size[1] > SMALLEST_BLOCK
+    return Transposed(worth and all(is_channels_first(x) and is_planes(x) for x in tensors))
 
 
 def is_channels_first(x: Tensor) -> bool:
@@ -589,14 +593,14 @@ def forward_launches(
     query, key, value = map(copies.read, (query, key, value))
     call = Call(query, key, bias, window_size, shift, scale)
     tensors = {"q": query, "k": key, "v": value, "out": copies.written(out)}
-    arguments = {"bias_ptr": bias, "lse_ptr": lse, "num_stages": 2}
+    arguments = {"bias_ptr": bias, "lse_ptr": lse}
     if call.blocks_n * call.blocks_m > 1:
         kernel, programs = window_attention_fwd_blocks_kernel, call.windows * call.blocks_n
     else:
         per_program = terms_per_program(call.windows, call.heads, FORWARD_PROGRAMS)
         arguments |= {"window_count": call.windows, "windows_per_program": per_program}
         kernel, programs = window_attention_fwd_kernel, triton.cdiv(call.windows, per_program)
-    return [*copies.before, call.launch(kernel, programs, tensors, **arguments), *copies.after], None
+    return [*copies.before, call.launch(kernel, programs, tensors, num_stages=2, **arguments), *copies.after], None
 
 
 def backward_launches(

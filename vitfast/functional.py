@@ -62,9 +62,10 @@ def attention(
         ``output.transpose(1, 2).flatten(2)``, copies nothing. A query without keys gets zeros where M = 0, and NaN
         where its bias is -inf for every key.
 
-    float32 and float64 are computed as they are; float16 and bfloat16 in float32. Differentiable any number of times
-    with respect to all four tensors, in reverse and forward mode; gradients are deterministic. The memory of the
-    output, its gradients, `torch.func.jvp` and a double backward is linear in N and M, but for a bias of N x M elements
+    float32 and float64 are computed with their own precision; float16 and bfloat16 in float32. Differentiable any
+    number of times with respect to all four tensors, in reverse and forward mode; gradients are deterministic. The
+    memory of the output, its gradients, `torch.func.jvp` and a double backward is linear in N and M, but for a bias of
+    N x M elements
     and its gradient. Calls with ``is_causal`` or ``dropout_p`` have no kernel: they are computed exactly, by plain
     PyTorch, in memory quadratic in the tokens, as are calls under nested forward mode and forward mode inside of
     `torch.compile`.
@@ -275,8 +276,9 @@ def window_attention(
     Returns:
         (B, H, W, heads, D) in the dtype and the memory layout of ``query``.
 
-    float32 and float64 are computed as they are; float16 and bfloat16 accumulate in float32. Differentiable any number
-    of times with respect to all four tensors, in reverse and forward mode; gradients are deterministic.
+    float32 and float64 are computed with their own precision; float16 and bfloat16 accumulate in float32.
+    Differentiable any number of times with respect to all four tensors, in reverse and forward mode; gradients are
+    deterministic.
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.

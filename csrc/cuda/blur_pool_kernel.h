@@ -8,7 +8,7 @@
 // too. At each of its positions it writes some values that lie side by side, its lanes:
 //
 //     BlurOfPixel      one pixel, of one channel or, if maps are channels_last, of as many as a vector of 16 bytes
-//     holds BlurOfColumns    some columns of a row, where rows are made of whole vectors
+//     BlurOfColumns    some columns of a row, where rows are made of whole vectors
 //
 // The transpose writes the gradient of x, through the prologue if there is one. The sums for the gradients of scale and
 // shift are those of a block, in an order that does not depend on chance; blur_pool.cu adds up those of all blocks.
@@ -91,7 +91,8 @@ VITFAST_DEVICE int source_of(BlurPadding padding, int at, int size) {
   if (padding == BlurPadding::kZeros) return -1;
   if (padding == BlurPadding::kReplicate) return at < 0 ? 0 : size - 1;
   if (size == 1) return 0;
-  while (at < 0 || at >= size) {  // once, unless the margin is larger than the map: quicker than a division
+  if (at < -size || at > 2 * size) at %= padding == BlurPadding::kCircular ? size : 2 * (size - 1);
+  while (at < 0 || at >= size) {  // once or twice: quicker than a division, which margins larger than the map need
     if (padding == BlurPadding::kCircular) {
       at += at < 0 ? size : -size;
     } else {
@@ -389,8 +390,8 @@ struct BlurOfPixel {
 template <class Scalar>
 constexpr int kOutputsAtOnce = sizeof(Scalar) == sizeof(double) ? 2 : 4;
 
-// Neighbouring columns of a row. The kernel is square, its margin `before` is half of it, rounded down, and every place
-// but those of the margins belongs to one of the outputs: the window that some outputs need begins where whole vectors
+// Neighbouring columns of a row. The kernel is square, its margin `before` is (taps - 1) / 2, and every place but those
+// of the margins belongs to one of the outputs: the window that some outputs need begins where whole vectors
 // do, but for a few places on both sides.
 template <class Scalar_, class Compute_, BlurPass kPass_, int kTaps, int kStride>
 struct BlurOfColumns {

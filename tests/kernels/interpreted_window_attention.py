@@ -16,6 +16,7 @@ from vitfast import reference
 from vitfast.kernels import window_attention as kernels
 from vitfast.kernels import window_attention_tangents
 from vitfast.kernels.common import terms_per_program
+from vitfast.kernels.launch import Launch
 
 CASES = [
     Case(size=(3, 2), window=(1, 1), heads=2, dim=16),
@@ -88,6 +89,25 @@ def test_strides(layout):
     inputs, plain_results, exact_results = expected(case, torch.float32)
     strided = inputs.map(lambda t: LAYOUTS[layout](t) if t.dim() == 5 else t.mT.contiguous().mT)
     assert_results_close(fused(case, strided), plain_results, exact_results)
+
+
+COPIED = [
+    Case(size=(9, 8), window=(5, 4), shift=(2, 1), heads=2, dim=5),
+    Case(size=(10, 10), window=(10, 10), ratio=(2, 2), heads=1, dim=16, batch=1, bias="shared"),
+    Case(size=(9, 10), window=(9, 5), heads=3, dim=24, batch=1),  # 90 tokens and 72 channels: two blocks of each
+    Case(size=(6, 6), window=(6, 6), heads=2, dim=3, bias=None),
+]
+
+
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_channels_first_maps_are_copied_there_and_back(case, monkeypatch):
+    copies = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: copies.append(self.kernel) or run(self))
+    inputs, plain_results, exact_results = expected(case, torch.float32)
+    planes = inputs.map(lambda t: LAYOUTS["channels_first"](t) if t.dim() == 5 else t)
+    assert_results_close(fused(case, planes), plain_results, exact_results)
+    assert copies.count(kernels.transpose_kernel) == 4 + 7
 
 
 def test_tensors_of_different_layouts():

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, ValuesView
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -67,7 +64,7 @@ class Dual(Tensor):
         # Function, where forward mode is off, what is detached is still a value of the function.
         if function in _STOPS and torch._C._is_fwd_grad_enabled():
             return args[0].run.handed_out(args[0].primal)
-        with torch._C.DisableTorchFunctionSubclass(), _attention_with_tangents(function, args):
+        with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
     @classmethod
@@ -97,13 +94,6 @@ class Dual(Tensor):
                 if isinstance(arg, Dual):
                     arg.is_shared = True
         return results
-
-
-def _attention_with_tangents(function: Callable, args: tuple) -> AbstractContextManager:
-    """Has PyTorch's attention computed by operations that have tangents: its fused kernels for GPUs have none."""
-    if function is F.scaled_dot_product_attention and any(isinstance(x, Tensor) and x.is_cuda for x in args):
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 _STOPS = {Tensor.detach, torch.detach, Tensor.data.__get__}

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
@@ -197,5 +199,7 @@ def batched(products: Callable[[Any], Any], layout: Layout, rows: Tensor, chunk:
     if len(rows) == 0:
         return torch.zeros_like(rows)
     parts = rows.split(chunk)
-    done = [layout.flatten_rows(products(layout.unflatten_rows(part.contiguous()))) for part in parts]
+    # PyTorch's fused attention for GPUs has no tangents.
+    with sdpa_kernel(SDPBackend.MATH) if rows.is_cuda else nullcontext():
+        done = [layout.flatten_rows(products(layout.unflatten_rows(part.contiguous()))) for part in parts]
     return torch.cat(done) if len(done) != 1 else done[0]

@@ -61,7 +61,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """fc2(gelu(fc1(x))) by the fused function; on other devices than the CPU it has nothing to offer."""
+    """fc2(gelu(fc1(x))) by the fused function, which is faster than the modules on the CPU alone."""
     return functional.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 

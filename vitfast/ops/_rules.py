@@ -64,11 +64,24 @@ def is_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def require_compilable(operator: str, backend: str, device: torch.device) -> None:
-    """Raises where `torch.compile` could not call the registered operator."""
+def require_operator(operator: str, backend: str, device: torch.device) -> None:
+    """Raises where nothing but the registered operator may be called, and it cannot be."""
     _extension.require()  # it registers the operators, the Triton kernels' too
     if backend == "triton" and device.type == "cpu":
-        raise BackendError(f"{operator}: Triton's interpreter cannot run inside of torch.compile; compile without it")
+        raise BackendError(
+            f"{operator}: Triton's interpreter cannot run inside of torch.compile, under modes of dispatching, for "
+            "subclasses of tensors or gradients in a batch; do without one or the other"
+        )
+
+
+def is_launched(operator: str, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether Python launches a Triton kernel on the tensors; if not, the registered operator is to be called."""
+    if backend != "triton":
+        return False
+    if not have_memory(tensors):
+        require_operator(operator, backend, tensors[-1].device)
+        return False
+    return True
 
 
 # ---- registered operators ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
-from vitfast.ops._rules import is_batched_gradient, records_gradients, with_signature
+from vitfast.ops._rules import have_memory, is_batched_gradient, records_gradients, with_signature
 
 Tensors = Sequence[Tensor | None]
 
@@ -81,6 +81,8 @@ def has_kernel(spec: Any, primals: Tensors) -> bool:
     """Whether an attention's backend has a kernel for tangents; the last dimension of the last primal is the head's."""
     if spec.backend != "triton":
         return spec.backend == "cpu"
+    if not have_memory(primals):  # there is no operator that could be called instead
+        return False
     vector = primals[-1]
     return _power_of_two(vector.shape[-1]) * vector.element_size() <= _MOST_BYTES_OF_A_VECTOR
 

@@ -12,6 +12,8 @@ The kernels process keys in blocks, so the backward needs more than the scores o
 logsumexp from the forward. Both are caches of what query, key, value and bias determine, and the rules of the backward
 differentiate through those.
 
+A plain training step takes `RecordedAttention`, which has the same backward and costs less.
+
 Every function takes its tensors as ``qkv``: either ``(query, key, value)``, each (B, heads, tokens, D), or one packed
 ``(qkv,)`` of shape (B, N, 3, heads, D), whose gradient the kernel writes packed as well. The output, its gradient and
 its tangents are (B, heads, N, D) in the first case and (B, N, heads, D) in the second; the logsumexp is (B, heads, N)
@@ -36,13 +38,13 @@ from vitfast.ops._rules import (
     fold_bias,
     forward_ad_active,
     forward_ad_is_nested,
-    have_memory,
+    is_launched,
     is_transformed,
     laid_out_as,
     lse_dtype,
     records_gradients,
     register_autograd,
-    require_compilable,
+    require_operator,
     unfold_bias_grad,
     unmapped_shape,
     with_signature,
@@ -77,7 +79,7 @@ def attention(
     if torch.compiler.is_compiling():
         if forward_ad_active():  # the registered operators have no forward-mode rule
             return _definition(qkv, bias, scale)
-        require_compilable(NAME, spec.backend, qkv[0].device)
+        require_operator(NAME, spec.backend, qkv[0].device)
         return _operator(qkv)(*qkv, bias, scale, records_gradients(tensors))[0]
     if forward_ad_is_nested():
         return _definition(qkv, bias, scale)
@@ -126,8 +128,7 @@ def _backward_operator(qkv: tuple[Tensor, ...]):
 
 def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor, Tensor]:
     """The output, and per query and head the logsumexp of its scores, (B, heads, N), empty if not asked for."""
-    launched = spec.backend == "triton" and have_memory((bias, *qkv))
-    run = _triton_forward if launched else _operator(qkv)
+    run = _triton_forward if is_launched(NAME, spec.backend, (bias, *qkv)) else _operator(qkv)
     return run(*qkv, bias, spec.scale, return_lse)
 
 
@@ -135,8 +136,7 @@ def _backward(
     spec: Spec, bias: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor, qkv: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The gradients of ``qkv``, followed by that of the bias if there is one."""
-    launched = spec.backend == "triton" and have_memory((bias, grad, *qkv))
-    run = _triton_backward if launched else _backward_operator(qkv)
+    run = _triton_backward if is_launched(NAME, spec.backend, (bias, grad, *qkv)) else _backward_operator(qkv)
     grads = run(grad, *qkv, bias, out, lse, spec.scale)
     return grads[:-1] if bias is None else grads
 

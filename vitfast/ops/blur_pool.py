@@ -34,7 +34,7 @@ from vitfast.ops._rules import (
     may_be_differentiated,
     records_gradients,
     register_autograd,
-    require_compilable,
+    require_operator,
     with_signature,
 )
 from vitfast.ops.backend import choose
@@ -75,7 +75,7 @@ def blur_pool2d(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor |
     if torch.compiler.is_compiling():
         if forward_ad_active():  # the registered operators have no forward-mode rule
             return _definition(x, kernel, scale, shift, spec)
-        require_compilable(NAME, backend, x.device)
+        require_operator(NAME, backend, x.device)
         if has_prologue and records_gradients(tensors):
             x, scale, shift = prologue(x, scale, shift, spec.activation, spec.temperature).to(x.dtype), None, None
             spec = Spec(**spec.blur)

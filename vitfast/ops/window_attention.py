@@ -11,6 +11,8 @@ both are formulas of `vitfast.reference`, linear in the tangents and differentia
 Under ``vmap(jvp(grad(f)))`` over K tangents both kernels see unbatched primals and run once, and inside the formulas
 vmap batches only what depends on a tangent: the probabilities are computed once for all K.
 
+A plain training step takes `RecordedWindowAttention`, which has the same backward and costs less.
+
 Every function takes its tensors as ``qkv``: either ``(query, key, value)`` or one packed ``(qkv,)`` of shape
 (B, H, W, 3, heads, D), whose gradient the kernel writes packed as well.
 
@@ -33,13 +35,13 @@ from vitfast.ops._rules import (
     fold_bias,
     forward_ad_active,
     forward_ad_is_nested,
-    have_memory,
+    is_launched,
     is_transformed,
     laid_out_as,
     lse_dtype,
     records_gradients,
     register_autograd,
-    require_compilable,
+    require_operator,
     unfold_bias_grad,
     unmapped_shape,
     with_signature,
@@ -82,7 +84,7 @@ def window_attention(
     if torch.compiler.is_compiling():
         if forward_ad_active():  # the registered operators have no forward-mode rule
             return reference.window_attention(*_unpack(qkv), bias, **spec.options)
-        require_compilable(NAME, spec.backend, qkv[0].device)
+        require_operator(NAME, spec.backend, qkv[0].device)
         needs_grad = records_gradients(tensors)
         return _operator(qkv)(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
     if forward_ad_is_nested():
@@ -120,7 +122,7 @@ def _backward_operator(qkv: tuple[Tensor, ...]):
 
 def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor, Tensor]:
     """The output, and per query and head the logsumexp of its scores, (B, heads, H, W), empty if not asked for."""
-    if spec.backend == "triton" and have_memory((bias, *qkv)):
+    if is_launched(NAME, spec.backend, (bias, *qkv)):
         from vitfast.kernels import window_attention as kernels
 
         return kernels.forward(*_unpack(qkv), bias, spec.window_size, spec.shift, spec.scale, return_lse)
@@ -131,7 +133,7 @@ def _backward(
     spec: Spec, bias: Tensor | None, lse: Tensor, grad: Tensor, qkv: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The gradients of ``qkv``, followed by that of the bias if there is one."""
-    if spec.backend == "triton" and have_memory((bias, grad, *qkv)):
+    if is_launched(NAME, spec.backend, (bias, grad, *qkv)):
         grads = _triton_backward(grad, *qkv, bias, lse, spec.window_size, spec.shift, spec.scale)
     else:
         grads = _backward_operator(qkv)(grad, *qkv, bias, lse, list(spec.window_size), list(spec.shift), spec.scale)
