@@ -91,8 +91,8 @@ VITFAST_DEVICE int source_of(BlurPadding padding, int at, int size) {
   if (padding == BlurPadding::kZeros) return -1;
   if (padding == BlurPadding::kReplicate) return at < 0 ? 0 : size - 1;
   if (size == 1) return 0;
-  if (at < -size || at > 2 * size) at %= padding == BlurPadding::kCircular ? size : 2 * (size - 1);
-  while (at < 0 || at >= size) {  // once or twice: quicker than a division, which margins larger than the map need
+  // Once, unless the margin is larger than the map: quicker than a division, which would take registers, too.
+  while (at < 0 || at >= size) {
     if (padding == BlurPadding::kCircular) {
       at += at < 0 ? size : -size;
     } else {
