@@ -391,8 +391,8 @@ template <class Scalar>
 constexpr int kOutputsAtOnce = sizeof(Scalar) == sizeof(double) ? 2 : 4;
 
 // Neighbouring columns of a row. The kernel is square, its margin `before` is (taps - 1) / 2, and every place but those
-// of the margins belongs to one of the outputs: the window that some outputs need begins where whole vectors
-// do, but for a few places on both sides.
+// of the margins belongs to one of the outputs: the window that some outputs need begins where whole vectors do, but
+// for a few places on both sides.
 template <class Scalar_, class Compute_, BlurPass kPass_, int kTaps, int kStride>
 struct BlurOfColumns {
   using Scalar = Scalar_;
