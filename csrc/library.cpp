@@ -27,6 +27,14 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
       "blur_pool2d_backward(Tensor grad, Tensor? x, Tensor kernel, int[] size, int[] stride, int[] padding, int "
       "padding_mode, Tensor? scale, Tensor? shift, int activation, float temperature) -> (Tensor grad_x, Tensor "
       "grad_scale, Tensor grad_shift)");
+  // Of 3x3 filters with stride 1, K at a time and channels last: out = x_t * weight + x * weight_t, transposed or not;
+  // and the gradients of filters, those by (x_t, grad) and by (x, grad_t), added up. Half of either may be missing.
+  m.def(
+      "conv3x3(Tensor? x_t, Tensor? weight, Tensor? x, Tensor? weight_t, int padding, bool transposed, Tensor(a!) out) "
+      "-> ()");
+  m.def(
+      "conv3x3_weight_gradient(Tensor? x_t, Tensor? grad, Tensor? x, Tensor? grad_t, int padding, Tensor(a!) out) -> "
+      "()");
   // Steps of the fused MLP: out = gelu(x); and out = gelu(x) while grad, that of out, becomes that of x.
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor x, Tensor(a!) out, Tensor(b!) grad) -> ()");
@@ -65,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("attention_tangents", TORCH_BOX(&vitfast::attention_tangents_cpu));
   m.impl("blur_pool2d", TORCH_BOX(&vitfast::blur_pool2d_cpu));
   m.impl("blur_pool2d_backward", TORCH_BOX(&vitfast::blur_pool2d_backward_cpu));
+  m.impl("conv3x3", TORCH_BOX(&vitfast::conv3x3_cpu));
+  m.impl("conv3x3_weight_gradient", TORCH_BOX(&vitfast::conv3x3_weight_gradient_cpu));
   m.impl("gelu", TORCH_BOX(&vitfast::gelu_cpu));
   m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
   m.impl("gelu_tangents", TORCH_BOX(&vitfast::gelu_tangents_cpu));

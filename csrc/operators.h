@@ -42,6 +42,12 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
                                                             std::optional<Tensor> scale, std::optional<Tensor> shift,
                                                             int64_t activation, double temperature);
 
+void conv3x3_cpu(std::optional<Tensor> x_t, std::optional<Tensor> weight, std::optional<Tensor> x,
+                 std::optional<Tensor> weight_t, int64_t padding, bool transposed, Tensor out);
+
+void conv3x3_weight_gradient_cpu(std::optional<Tensor> x_t, std::optional<Tensor> grad, std::optional<Tensor> x,
+                                 std::optional<Tensor> grad_t, int64_t padding, Tensor out);
+
 void gelu_cpu(Tensor x, Tensor out);
 
 void gelu_backward_cpu(Tensor x, Tensor out, Tensor grad);

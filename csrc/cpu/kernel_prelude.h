@@ -33,3 +33,4 @@
 #include "cpu/scratch.h"
 #include "cpu/weight_gradient.h"
 #include "cpu/window_attention.h"
+#include "cpu/winograd.h"

@@ -13,6 +13,7 @@
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/window_attention_kernel.h"
+#include "cpu/winograd_kernel.h"
 
 #pragma GCC pop_options
 #endif

@@ -9,3 +9,4 @@
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/window_attention_kernel.h"
+#include "cpu/winograd_kernel.h"

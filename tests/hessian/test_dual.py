@@ -123,6 +123,14 @@ LAYERS = {
     "filled": lambda: Layers(Function(filled)),
     "chosen": lambda: Layers(Function(chosen)),
     "convolution": lambda: Images(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 1, bias=False)),
+    "convolutions with kernels": lambda: Images(
+        *(nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Tanh()),
+        *(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(32, 16, 1), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=2)),
+    ),
+    "convolutions of one and three dimensions": lambda: Images(
+        *(nn.Flatten(2), nn.Conv1d(4, 16, 3, padding=1), nn.Tanh(), nn.Unflatten(2, (4, 3, 3)), nn.Conv3d(16, 2, 3))
+    ),
     "groups": lambda: Images(nn.Conv2d(4, 8, 3, groups=2, dilation=2), nn.Tanh(), nn.Conv2d(8, 8, 2, groups=8)),
     "transposed": lambda: Images(nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1), nn.Tanh()),
     "batch norm": lambda: Images(nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4, affine=False)),
@@ -200,9 +208,19 @@ def test_models(build, side, training):
     assert_close(gradient_tangents(fn, params, vectors), expected, rtol=1e-9, atol=1e-12 * size)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
-def test_other_dtypes(dtype, tolerance):
-    model, inputs, targets = layers("layer norm")
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("layer norm", torch.float32, 1e-4),
+        ("layer norm", torch.bfloat16, 0.1),
+        ("convolution", torch.float32, 1e-5),
+        ("convolutions with kernels", torch.float32, 1e-5),
+        ("convolutions of one and three dimensions", torch.float32, 1e-5),
+    ],
+    ids=str,
+)
+def test_other_dtypes(name, dtype, tolerance):
+    model, inputs, targets = layers(name)
     fn, params = loss_of(model, inputs, targets)
     vectors = directions(params, 2)
     exact = by_transforms(fn, params, vectors)

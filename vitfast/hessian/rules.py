@@ -8,7 +8,7 @@ differentiate through the tensors that determine the statistics.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
 from vitfast.hessian.dual import COMPOSITES, CONSTANTS, RULES, STATISTICS, Dual, dual, parts
-from vitfast.ops import _extension, attention, window_attention
+from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
     Products,
@@ -301,11 +301,15 @@ def _bmm(operation, result, a, b):
 def _convolution(operation, result, x, weight, bias, *options):
     (x, x_t), (weight, weight_t), (bias, bias_t) = parts(x), parts(weight), parts(bias)
     count = next(len(t) for t in (x_t, weight_t, bias_t) if t is not None)
+    result, x, x_t = (_in_best_layout(maps, weight) for maps in (result, x, x_t))
     total = None
-    if x_t is not None:
-        total = operation(x_t.flatten(0, 1), weight, None, *options).unflatten(0, (count, -1))
-    if weight_t is not None:
-        total = _added(total, (operation(x, weight_t[k], None, *options) for k in range(count)))
+    if (x_t is not None or weight_t is not None) and _has_kernels(weight, result, *options):
+        total = convolution.output_tangents(x, weight, x_t, weight_t, options[1][0])
+    else:
+        if x_t is not None:
+            total = operation(x_t.flatten(0, 1), weight, None, *options).unflatten(0, (count, -1))
+        if weight_t is not None:
+            total = _added(total, (operation(x, weight_t[k], None, *options) for k in range(count)), count)
     if bias_t is not None:
         channels = bias_t.reshape(count, 1, -1, *(1,) * (result.dim() - 2))
         total = _whole(channels, result) if total is None else total.add_(channels)
@@ -317,35 +321,57 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
     *options, wanted = options
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
     count = next(len(t) for t in (grad_t, x_t, weight_t) if t is not None)
+    grad, grad_t, x, x_t = (_in_best_layout(maps, weight) for maps in (grad, grad_t, x, x_t))
+    has_kernels, padding = _has_kernels(weight, grad, *options), options[1][0]
 
     def gradient(which, grad, x, weight):
         only = [which == 0, which == 1, False]
         return operation(grad, x, weight, bias_sizes, *options, only)[which]
 
     x_grad_t = weight_grad_t = bias_grad_t = None
-    if wanted[0]:
+    if wanted[0] and has_kernels and (grad_t is not None or weight_t is not None):
+        x_grad_t = convolution.input_gradient_tangents(grad, weight, grad_t, weight_t, padding)
+    elif wanted[0]:
         if grad_t is not None:
-            folded = x.new_empty(count * len(x), *x.shape[1:])  # of which only the shape is read
+            folded = x[None].expand(count, *x.shape).flatten(0, 1)  # of which only shape and layout are read
             x_grad_t = gradient(0, grad_t.flatten(0, 1), folded, weight).unflatten(0, (count, -1))
         if weight_t is not None:
-            x_grad_t = _added(x_grad_t, (gradient(0, grad, x, weight_t[k]) for k in range(count)))
-    if wanted[1]:
+            x_grad_t = _added(x_grad_t, (gradient(0, grad, x, weight_t[k]) for k in range(count)), count)
+    if wanted[1] and has_kernels and (grad_t is not None or x_t is not None):
+        weight_grad_t = convolution.weight_gradient_tangents(grad, x, weight, grad_t, x_t, padding)
+    elif wanted[1]:
         if grad_t is not None:
-            weight_grad_t = _added(None, (gradient(1, grad_t[k], x, weight) for k in range(count)))
+            weight_grad_t = _added(None, (gradient(1, grad_t[k], x, weight) for k in range(count)), count)
         if x_t is not None:
-            weight_grad_t = _added(weight_grad_t, (gradient(1, grad, x_t[k], weight) for k in range(count)))
+            each = (gradient(1, grad, x_t[k], weight) for k in range(count))
+            weight_grad_t = _added(weight_grad_t, each, count)
     if wanted[2] and grad_t is not None:
         bias_grad_t = grad_t.flatten(3).sum((1, 3)) if grad_t.dim() > 3 else grad_t.sum(1)
     tangents = (x_grad_t, weight_grad_t, bias_grad_t)
     return tuple(None if r is None else dual(r, t) for r, t in zip(results, tangents, strict=True))
 
 
-def _added(total: Tensor | None, each) -> Tensor:
+def _has_kernels(weight, output, stride, padding, dilation, transposed, output_padding, groups) -> bool:
+    return convolution.serves(weight, output.shape[2:], stride, padding, dilation, transposed, groups)
+
+
+def _in_best_layout(maps: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Images, or their tangents, with channels last where convolutions are faster so. What follows takes it over."""
+    if maps is None or weight.dim() != 4 or not convolution.is_float32_on_cpu(weight):
+        return maps
+    return convolution.channels_last(maps)
+
+
+def _added(total: Tensor | None, each: Iterable[Tensor], count: int) -> Tensor:
     """``total``, (K, ...), plus K tensors that are made one by one."""
-    if total is None:
-        return torch.stack(list(each))
-    for out, tensor in zip(total, each, strict=True):
-        out += tensor
+    is_new = total is None
+    for k, tensor in enumerate(each):
+        if total is None:
+            total = tensor.new_empty_strided((count, *tensor.shape), (tensor.numel(), *tensor.stride()))
+        if is_new:
+            total[k] = tensor
+        else:
+            total[k] += tensor
     return total
 
 
