@@ -141,8 +141,8 @@ def test_same_bits_with_any_number_of_threads(threads):
             assert torch.equal(result, before)
 
 
-def serves(weight, out_size=(8, 8), stride=(1, 1), padding=(1, 1), dilation=(1, 1), transposed=False, groups=1):
-    return convolution.serves(weight, out_size, stride, padding, dilation, transposed, groups)
+def serves(weight, in_size=(8, 8), stride=(1, 1), padding=(1, 1), dilation=(1, 1), transposed=False, groups=1):
+    return convolution.serves(in_size, weight, stride, padding, dilation, transposed, groups)
 
 
 def test_what_is_left_to_pytorch():
@@ -158,9 +158,9 @@ def test_what_is_left_to_pytorch():
         {"padding": (3, 3)},
         {"transposed": True},
         {"groups": 2},
-        {"out_size": (0, 8)},
-        {"out_size": (1, 1)},
-        {"out_size": (3, 1)},
+        {"in_size": (0, 8)},
+        {"in_size": (1, 1)},
+        {"in_size": (3, 1)},
     ):
         assert not serves(weight, **options), options
     assert not serves(pointwise)  # of a wider map than the input

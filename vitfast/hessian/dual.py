@@ -102,6 +102,9 @@ RULES: dict[Any, tuple[Callable, Callable[..., bool] | None]] = {}
 """Operations of the dispatcher -> (operation, its primal result, *arguments) -> its result with tangents; and which
 arguments this serves, None for all."""
 
+PRIMALS: dict[Any, Callable] = {}
+"""Operations of the dispatcher -> what computes their primal results, where that is not the operation itself."""
+
 STATISTICS: set[Any] = set()
 """Operations some of whose results have no tangents, and need none."""
 
@@ -138,7 +141,7 @@ class Primals:
             if versions != _versions(result):
                 raise Unsupported(f"the result of {operation}, which is kept, was changed in place")
         else:
-            result = operation(*map(_primal, args), **kwargs)
+            result = PRIMALS.get(operation, operation)(*map(_primal, args), **kwargs)
             if self._keep:
                 self._results.append((operation, result, _versions(result)))
         self._next += 1

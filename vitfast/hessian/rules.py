@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
-from vitfast.hessian.dual import COMPOSITES, CONSTANTS, RULES, STATISTICS, Dual, dual, parts
+from vitfast.hessian.dual import COMPOSITES, CONSTANTS, PRIMALS, RULES, STATISTICS, Dual, dual, parts
 from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
@@ -297,13 +297,41 @@ def _bmm(operation, result, a, b):
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
+# A convolution is linear in its maps, and so are its gradients: the kernels compute primal results as tangents.
+
+
+def _convolution_primal(x, weight, bias, *options):
+    x = _in_best_layout(x, weight)
+    if not _has_kernels(x, weight, *options):
+        return aten.convolution.default(x, weight, bias, *options)
+    result = convolution.output_tangents(x, weight, x[None], None, options[1][0])[0]
+    return result if bias is None else result.add_(_per_channel(bias, x))
+
+
+def _convolution_backward_primal(grad, x, weight, bias_sizes, *options):
+    *options, wanted = options
+    grad, x = (_in_best_layout(maps, weight) for maps in (grad, x))
+    if not _has_kernels(x, weight, *options):
+        return aten.convolution_backward.default(grad, x, weight, bias_sizes, *options, wanted)
+    by, padding = grad[None], options[1][0]
+    return (
+        convolution.input_gradient_tangents(grad, weight, by, None, padding)[0] if wanted[0] else None,
+        convolution.weight_gradient_tangents(grad, x, weight, by, None, padding)[0] if wanted[1] else None,
+        grad.sum((0, 2, 3)) if wanted[2] else None,
+    )
+
+
+PRIMALS[aten.convolution.default] = _convolution_primal
+PRIMALS[aten.convolution_backward.default] = _convolution_backward_primal
+
+
 @_rule(aten.convolution.default)
 def _convolution(operation, result, x, weight, bias, *options):
     (x, x_t), (weight, weight_t), (bias, bias_t) = parts(x), parts(weight), parts(bias)
     count = next(len(t) for t in (x_t, weight_t, bias_t) if t is not None)
-    result, x, x_t = (_in_best_layout(maps, weight) for maps in (result, x, x_t))
+    x, x_t = (_in_best_layout(maps, weight) for maps in (x, x_t))
     total = None
-    if (x_t is not None or weight_t is not None) and _has_kernels(weight, result, *options):
+    if (x_t is not None or weight_t is not None) and _has_kernels(x, weight, *options):
         total = convolution.output_tangents(x, weight, x_t, weight_t, options[1][0])
     else:
         if x_t is not None:
@@ -322,7 +350,7 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
     count = next(len(t) for t in (grad_t, x_t, weight_t) if t is not None)
     grad, grad_t, x, x_t = (_in_best_layout(maps, weight) for maps in (grad, grad_t, x, x_t))
-    has_kernels, padding = _has_kernels(weight, grad, *options), options[1][0]
+    has_kernels, padding = _has_kernels(x, weight, *options), options[1][0]
 
     def gradient(which, grad, x, weight):
         only = [which == 0, which == 1, False]
@@ -351,8 +379,8 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
     return tuple(None if r is None else dual(r, t) for r, t in zip(results, tangents, strict=True))
 
 
-def _has_kernels(weight, output, stride, padding, dilation, transposed, output_padding, groups) -> bool:
-    return convolution.serves(weight, output.shape[2:], stride, padding, dilation, transposed, groups)
+def _has_kernels(x, weight, stride, padding, dilation, transposed, output_padding, groups) -> bool:
+    return convolution.serves(x.shape[2:], weight, stride, padding, dilation, transposed, groups)
 
 
 def _in_best_layout(maps: Tensor | None, weight: Tensor) -> Tensor | None:

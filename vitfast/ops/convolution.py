@@ -25,32 +25,36 @@ _LEAST_USED = 0.6
 
 
 def serves(
+    in_size: Sequence[int],
     weight: Tensor,
-    out_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     transposed: bool,
     groups: int,
 ) -> bool:
-    """Whether there is something faster than PyTorch's convolution for such options and outputs of (height, width)."""
-    return (
-        is_float32_on_cpu(weight)
-        and weight.dim() == 4
-        and 0 not in (*weight.shape, *out_size)
-        and not transposed
-        and groups == 1
-        and all(step == 1 for step in (*stride, *dilation))
-        and ((_is_pointwise(weight) and not any(padding)) or _kernels_serve(weight, out_size, padding))
-    )
+    """Whether there is something faster than PyTorch's convolution for maps of (height, width) with such options."""
+    if (
+        not is_float32_on_cpu(weight)
+        or weight.dim() != 4
+        or transposed
+        or groups != 1
+        or any(step != 1 for step in (*stride, *dilation))
+    ):
+        return False
+    out_size = [
+        size + 2 * around - taps + 1 for size, around, taps in zip(in_size, padding, weight.shape[2:], strict=True)
+    ]
+    if 0 in weight.shape or min(out_size) <= 0:
+        return False
+    return not any(padding) if _is_pointwise(weight) else _kernels_serve(weight, out_size, padding)
 
 
 def _kernels_serve(weight: Tensor, out_size: Sequence[int], padding: Sequence[int]) -> bool:
     return (
         _extension.available()
         and weight.shape[2:] == (_FILTER, _FILTER)
-        and len(set(padding)) == 1
-        and 0 <= padding[0] < _FILTER
+        and padding[0] == padding[1] < _FILTER
         and all(channels % _CHANNELS == 0 for channels in weight.shape[:2])
         and out_size[0] * out_size[1] >= _LEAST_USED * _rounded_up(out_size[0]) * _rounded_up(out_size[1])
     )
