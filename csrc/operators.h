@@ -61,6 +61,9 @@ void layer_norm_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, std::optiona
                              std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
                              std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t);
 
+void matrix_sum_cpu(std::optional<Tensor> a, std::optional<Tensor> b, std::optional<Tensor> a2,
+                    std::optional<Tensor> b2, std::optional<Tensor> start, Tensor out);
+
 void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, bool add);
 
 std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,

@@ -29,6 +29,7 @@
 #include "cpu/cache.h"
 #include "cpu/gelu.h"
 #include "cpu/layer_norm.h"
+#include "cpu/matrix_sum.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/weight_gradient.h"

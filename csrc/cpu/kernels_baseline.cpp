@@ -7,6 +7,7 @@
 #include "cpu/blur_pool_kernel.h"
 #include "cpu/gelu_kernel.h"
 #include "cpu/layer_norm_kernel.h"
+#include "cpu/matrix_sum_kernel.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/window_attention_kernel.h"
 #include "cpu/winograd_kernel.h"

@@ -16,11 +16,11 @@ namespace {
 
 class WeightGradientBlock {
   static constexpr int64_t kLane = kLanes<float>, kPanel = kTileVectors * kLane;
-  static constexpr int64_t kDepth = 256;  // the copies stay in the second level, and dW is rarely read and written
+  static constexpr int64_t kDepth = 512;  // the copies stay in the second level, and dW is rarely read and written
 
  public:
   // Of dW, a task's share at most: many tiles for what is copied.
-  static constexpr int64_t kOutputs = 16 * tile_rows(kTileVectors), kInputs = 4 * kPanel;
+  static constexpr int64_t kOutputs = 32 * tile_rows(kTileVectors), kInputs = 4 * kPanel;
 
   WeightGradientBlock(const WeightGradient& call, Arena arena)
       : call_(call),

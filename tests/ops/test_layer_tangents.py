@@ -155,4 +155,4 @@ def test_sums_of_products(order, begun, transposed, columns, dtype):
     for i in order:
         total.add(*((a_t, b), (a, b_t))[i])
     expected = a_t @ b + a @ b_t
-    torch.testing.assert_close(total.total, expected + start if begun else expected)
+    torch.testing.assert_close(total.total(), expected + start if begun else expected)

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the numbers, the derivatives and the exceptions are those of PyTorch's."""
+"""Linear layers by kernels: the numbers, the derivatives and the exceptions are those of PyTorch's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from derivatives import (
 )
 from helpers import assert_close_to_reference
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitfast
+from vitfast.ops import _extension
 from vitfast.ops import linear as operator
 from vitfast.ops.linear import linear
 
@@ -32,7 +34,9 @@ def output_and_gradients(function, tensors, grad):
     return output.detach(), *torch.autograd.grad(output, tensors, grad)
 
 
-@pytest.mark.parametrize("sizes", [((197,), 96, 288), ((3, 7, 7), 33, 17), ((1,), 1, 1), ((2, 500), 64, 5)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [((197,), 96, 288), ((3, 7, 7), 33, 17), ((1,), 1, 1), ((2, 500), 64, 5), ((2, 300), 600, 64)], ids=str
+)
 def test_is_as_exact_as_pytorchs(sizes):
     tensors = make(*sizes, dtype=torch.float32)
     grad = torch.randn(*sizes[0], sizes[2])
@@ -42,34 +46,48 @@ def test_is_as_exact_as_pytorchs(sizes):
         assert_close_to_reference(*values)
 
 
-def test_onednn_is_called(monkeypatch):
-    """On this project's machines, where PyTorch has it."""
-    assert operator._has_linear
-    called = []
-    monkeypatch.setattr(operator, "_onednn_serves", lambda: called.append(True) or True)
-    linear(*make(dtype=torch.float32))
-    assert called
+class Called(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("switched_off", ["by the user", "not there"])
-def test_without_onednn(switched_off, monkeypatch):
-    tensors = make(dtype=torch.float32)
-    if switched_off == "not there":
-        monkeypatch.setattr(operator, "_has_linear", False)
-        assert torch.equal(linear(*tensors), F.linear(*tensors))
-    else:
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert not operator._onednn_serves()
-            assert torch.equal(linear(*tensors), F.linear(*tensors))
+@pytest.mark.parametrize(
+    ("change", "kernel"),
+    [
+        (lambda x, weight, bias: (x, weight, bias), True),
+        (lambda x, weight, bias: (x, weight.t().contiguous().t(), None), True),
+        (lambda x, weight, bias: (x, weight[:15], bias[:15]), False),
+        (lambda x, weight, bias: (x, weight[:, :5].clone()[:, ::2], bias), False),
+        (lambda x, weight, bias: (x.double(), weight.double(), bias.double()), False),
+        (lambda x, weight, bias: (x, weight, torch.stack([bias, bias], 1)[:, 0]), False),
+    ],
+    ids=["whole vectors", "transposed", "15 columns", "weight of steps", "float64", "bias of steps"],
+)
+def test_what_the_kernel_serves(change, kernel):
+    x, weight, bias = change(*make(outputs=16, dtype=torch.float32))
+    x = x[..., : weight.shape[1]].contiguous()
+    with Called() as called, torch.no_grad():
+        found = linear(x, weight, bias)
+    assert ("matrix_sum" in called.names) == kernel
+    assert_close(found, F.linear(x, weight, bias))
 
 
-def test_an_operator_that_changed_is_not_called(monkeypatch):
-    class Changed:
-        def _linear_pointwise(self, *arguments):
-            raise TypeError("another signature")
-
-    monkeypatch.setattr(torch.ops, "mkldnn", Changed())
-    assert not operator._find_linear()
+def test_processors_without_wide_vectors_are_left_to_pytorch():
+    extension = _extension.require()
+    extension.set_instruction_set("baseline")
+    try:
+        with Called() as called:
+            linear(*make(outputs=16, dtype=torch.float32))
+    finally:
+        extension.set_instruction_set(None)
+    assert "matrix_sum" not in called.names
 
 
 @pytest.mark.parametrize("channels", [0, 5, 16])

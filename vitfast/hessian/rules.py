@@ -264,11 +264,9 @@ def _product_tangents(a: Any, b: Any, start: Tensor | None = None) -> Tensor:
     count = next(len(t) for t in (a_t, b_t, start) if t is not None)
     total = Products(count, a.shape[0], b.shape[1])
     total.begin(start)
-    terms = ((a_t, b), (a, b_t))
-    # The products with one matrix are fastest where they come first, but they cannot begin with anything.
-    for term in terms if start is None else reversed(terms):
-        total.add(*term)
-    return total.total
+    total.add(a_t, b)
+    total.add(a, b_t)
+    return total.total()
 
 
 @_rule(aten.mm.default)

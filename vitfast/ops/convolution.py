@@ -97,7 +97,7 @@ def weight_gradient_tangents(
             total.add(_pixels(grad_t).mT, _pixels(x))
         if x_t is not None:
             total.add(_pixels(grad).t(), _pixels(x_t))
-        return total.total.view(count, *weight.shape)
+        return total.total().view(count, *weight.shape)
     result = x.new_empty(count, *weight.shape)
     maps = (None if t is None else channels_last(t) for t in (x_t, grad, x, grad_t))
     torch.ops.vitfast.conv3x3_weight_gradient(*maps, padding, result)
@@ -126,7 +126,7 @@ def _sum_of_products(x: Tensor, b: Tensor, x_t: Tensor | None, b_t: Tensor | Non
         total.add(_pixels(x_t), b)
     total.add(_pixels(x), b_t)
     images, _, height, width = x.shape
-    return total.total.view(count, images, height, width, columns).movedim(-1, -3)
+    return total.total().view(count, images, height, width, columns).movedim(-1, -3)
 
 
 def _sum_of_convolutions(

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._tangents import count_of, mapped
-from vitfast.ops.linear import has_gradient_kernel, product
+from vitfast.ops.linear import has_gradient_kernel, has_product_kernel
 
 # ---- sums of matrix products -----------------------------------------------------------------------------------------
 
@@ -24,52 +24,71 @@ class Products:
 
     def __init__(self, count: int, rows: int, columns: int):
         self._shape = (count, rows, columns)
-        self._total: Tensor | None = None
-        self._is_own = False  # whether products may be added to the total in place
+        self._start: Tensor | None = None
+        self._terms: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, start: Tensor | None) -> None:
         """With what can be expanded to the shape, and is only read."""
-        if start is not None:
-            self._total = start.expand(self._shape)
+        self._start = start
 
     def add(self, a: Tensor | None, b: Tensor | None) -> None:
         """The products of K pairs, of which one may be a single matrix, the same for all."""
-        if a is None or b is None:
-            return
-        if b.dim() == 2 and a.is_contiguous():
-            self._add_rows(a.flatten(0, 1), b)
-        else:
-            self._add_pairs(*(t.expand(self._shape[0], *t.shape) if t.dim() == 2 else t for t in (a, b)))
-        self._is_own = True
+        if a is not None and b is not None:
+            self._terms.append((a, b))
 
-    def _add_rows(self, rows: Tensor, b: Tensor) -> None:
-        if self._total is None:
-            self._total = product(rows, b.t()).view(self._shape)
-            return
-        if not self._is_own:
-            self._total = self._total.clone(memory_format=torch.contiguous_format)
-        self._total.view(len(rows), -1).addmm_(rows, b)
-
-    def _add_pairs(self, a: Tensor, b: Tensor) -> None:
-        if len(a) > 0 and has_gradient_kernel(a[0].t(), b[0]):  # a is the transpose of what lies in memory
-            add = self._total is not None
-            if not add:
-                self._total = b.new_empty(self._shape)
-            elif not self._is_own:
-                self._total = self._total.clone(memory_format=torch.contiguous_format)
-            for columns, rows, out in zip(a, b, self._total, strict=True):
-                torch.ops.vitfast.weight_gradient(columns.t(), rows, out, None, add)
-        elif self._total is None:
-            self._total = torch.bmm(a, b)
-        elif self._is_own:
-            self._total.baddbmm_(a, b)
-        else:
-            self._total = torch.baddbmm(self._total, a, b)
-
-    @property
     def total(self) -> Tensor | None:
         """None if nothing was added."""
-        return self._total
+        if not self._terms:
+            return None if self._start is None else self._start.expand(self._shape)
+        if all(self._has_product_kernel(*term) for term in self._terms) and self._starts_with_rows():
+            return self._by_products()
+        if all(self._has_gradient_kernel(*term) for term in self._terms) and self._start is None:
+            return self._by_gradients()
+        return self._by_pytorch()
+
+    def _has_product_kernel(self, a: Tensor, b: Tensor) -> bool:
+        return self._shape[0] > 0 and has_product_kernel(_first(a), _first(b))
+
+    def _has_gradient_kernel(self, a: Tensor, b: Tensor) -> bool:
+        return self._shape[0] > 0 and has_gradient_kernel(_first(a).t(), _first(b))  # A is what lies in memory, turned
+
+    def _starts_with_rows(self) -> bool:
+        start = self._start
+        return start is None or (start.dim() == 3 and start.shape[1] == 1 and start.stride(2) == 1)
+
+    def _by_products(self) -> Tensor:
+        result = self._terms[0][0].new_empty(self._shape)
+        first, second = (*self._terms, (None, None))[:2]
+        start = None if self._start is None else self._start.expand(self._shape[0], 1, self._shape[2]).squeeze(1)
+        torch.ops.vitfast.matrix_sum(*first, *second, start, result)
+        return result
+
+    def _by_gradients(self) -> Tensor:
+        result = self._terms[0][0].new_empty(self._shape)
+        for i, (a, b) in enumerate(self._terms):
+            for grad, x, out in zip(*map(self._each, (a, b)), result, strict=True):
+                torch.ops.vitfast.weight_gradient(grad.t(), x, out, None, i > 0)
+        return result
+
+    def _by_pytorch(self) -> Tensor:
+        total = self._start
+        for i, (a, b) in enumerate(self._terms):
+            if total is None and b.dim() == 2 and a.is_contiguous():
+                total = (a.flatten(0, 1) @ b).view(self._shape)  # one product instead of K
+            elif total is None:
+                total = torch.bmm(self._each(a), self._each(b))
+            elif i == 0:
+                total = torch.baddbmm(total, self._each(a), self._each(b))
+            else:
+                total.baddbmm_(self._each(a), self._each(b))
+        return total
+
+    def _each(self, matrices: Tensor) -> Tensor:
+        return matrices if matrices.dim() == 3 else matrices.expand(self._shape[0], *matrices.shape)
+
+
+def _first(matrices: Tensor) -> Tensor:
+    return matrices if matrices.dim() == 2 else matrices[0]
 
 
 # ---- layer normalisation of rows -------------------------------------------------------------------------------------

@@ -1,15 +1,12 @@
-"""Linear layers on the CPU in float32, by oneDNN: the matrix products of `vitfast.functional.mlp` and of the modules.
+"""Linear layers on the CPU in float32: the matrix products of `vitfast.functional.mlp` and of the modules.
 
 PyTorch multiplies float32 matrices on the CPU by a BLAS, which adds to an output that holds the bias already: that is
-written, read and written again. oneDNN, which PyTorch carries for 16-bit matrices, convolutions and compiled code, adds
-the bias on the way out, and is the faster of the two also without one. `DESIGN.md` has the figures.
+written, read and written again; and it is slow where rows are many and the weight is small. The products here are
+kernels of our own (`matrix_sum_kernel.h`), which add the bias in registers and write where the result is wanted, and so
+are the gradients of weights and biases (`weight_gradient_kernel.h`). `DESIGN.md` has the figures.
 
-Gradients of weights and biases have a kernel of our own (`weight_gradient_kernel.h`): the BLAS is slow where rows are
-many and the weight is small, oneDNN slower still, and the sum of the bias's gradient would be a pass of its own.
-
-Whatever else comes is `torch.nn.functional.linear`: other dtypes, of which the 16-bit ones go to oneDNN anyway, other
-devices, transforms of `torch.func`, `torch.compile`, autocast, and a PyTorch without oneDNN or where it is switched
-off.
+Whatever else comes is `torch.nn.functional.linear`: other dtypes and devices, transforms of `torch.func`,
+`torch.compile`, autocast, and numbers of columns that are no whole vectors.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from vitfast.ops._rules import is_autocast, is_batched_gradient, is_transformed,
 from vitfast.ops.backend import is_chosen
 
 _DTYPE = torch.float32
+_PLAIN = (Tensor, Parameter)  # a subclass may see PyTorch's operations only
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def is_plain_call(x: Tensor) -> bool:
     """Whether the CPU's own path may serve: nothing but evaluation and, at most, a recorded gradient is going on."""
     return (
-        type(x) in (Tensor, Parameter)  # a subclass may see PyTorch's operations only
+        type(x) in _PLAIN
         and not torch.compiler.is_compiling()
         and not is_transformed()
         and not is_autocast(x.device)
@@ -58,11 +56,34 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be any number where there are no columns
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b of matrices; W may be a transposed view."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn_serves() or 0 in (*x.shape, *weight.shape):
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x W^T + b of matrices, written to ``out`` if there is one; W may be a transposed view."""
+    if not has_product_kernel(x, weight.t()) or not (bias is None or _is_vector(bias)):
+        result = F.linear(x, weight, bias)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = x.new_empty(len(x), len(weight))
+    torch.ops.vitfast.matrix_sum(x, weight.t(), None, None, bias, out[None])
+    return out
+
+
+def has_product_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether `torch.ops.vitfast.matrix_sum` serves A B. It stores whole vectors, and is made for wide ones."""
+    return (
+        is_chosen("cpu", a.device)
+        and b.is_cpu
+        and a.dtype == b.dtype == torch.float32
+        and b.shape[1] % 16 == 0
+        and 0 not in (*a.shape, *b.shape)
+        and a.stride(1) == 1
+        and 1 in b.stride()
+        and type(b) in _PLAIN
+        and _extension.require().instruction_set() != "baseline"
+    )
+
+
+def _is_vector(bias: Tensor) -> bool:
+    return bias.is_cpu and bias.dtype == torch.float32 and bias.is_contiguous() and type(bias) in _PLAIN
 
 
 def parameter_gradients(
@@ -103,25 +124,6 @@ def has_gradient_kernel(grad: Tensor, x: Tensor) -> bool:
     )
 
 
-def _onednn_serves() -> bool:
-    return _has_linear and torch.backends.mkldnn.enabled
-
-
-def _find_linear() -> bool:
-    """Whether this PyTorch has oneDNN's linear layer, as its compiler calls it, and it does what it did."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
-    try:
-        found = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return torch.equal(found, F.linear(x, weight, bias))
-
-
-_has_linear = _find_linear()
-
-
 class Linear(torch.autograd.Function):
     """(x, W, b) -> x W^T + b. Called outside of transforms only."""
 
@@ -141,5 +143,6 @@ class Linear(torch.autograd.Function):
         return grad_x, *parameter_gradients(grads, rows, ctx.needs_input_grad[1:])
 
 
-if _extension.available():  # it returns nothing, and so does its fake
-    torch.library.register_fake("vitfast::weight_gradient", lambda *tensors: None)
+if _extension.available():
+    for _name in ("matrix_sum", "weight_gradient"):  # they return nothing, and so do their fakes
+        torch.library.register_fake(f"vitfast::{_name}", lambda *tensors: None)

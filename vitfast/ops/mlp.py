@@ -58,14 +58,15 @@ def _forward(x: Tensor, weights: Weights, keep: bool) -> tuple[Tensor, list[Tens
     hidden: list[Tensor] = []
     scratch = None
     for block in _blocks(rows):
-        activated = before = product(rows[block], weight1, bias1)
+        some = rows[block]
+        if scratch is None:  # the first block is the largest
+            scratch = rows.new_empty(len(some), len(weight1))
+        activated = scratch[: len(some)]
+        before = product(some, weight1, bias1, out=None if keep else activated)
         if keep:
             hidden.append(before)
-            if scratch is None:  # the first block is the largest
-                scratch = torch.empty_like(before)
-            activated = scratch[: len(before)]
         torch.ops.vitfast.gelu(before, activated)
-        output[block] = product(activated, weight2, bias2)
+        product(activated, weight2, bias2, out=output[block])
     return output.reshape(*x.shape[:-1], len(weight2)), hidden
 
 
@@ -81,14 +82,15 @@ def _backward(
         )
     grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format) if needed[0] else None
     first = second = None, None  # of weight and bias of the linear layers
-    scratch = torch.empty_like(hidden[0])  # the first block is the largest
+    scratches = [torch.empty_like(hidden[0]) for _ in range(2)]  # the first block is the largest
     for block, before in zip(_blocks(rows), hidden, strict=True):
-        grad_hidden, activated = product(grads[block], weight2.t()), scratch[: len(before)]
+        grad_hidden, activated = (scratch[: len(before)] for scratch in scratches)
+        product(grads[block], weight2.t(), out=grad_hidden)
         torch.ops.vitfast.gelu_backward(before, activated, grad_hidden)
         second = parameter_gradients(grads[block], activated, needed[3:], sums=second)
         first = parameter_gradients(grad_hidden, rows[block], needed[1:3], sums=first)
         if grad_x is not None:
-            grad_x[block] = product(grad_hidden, weight1.t())
+            product(grad_hidden, weight1.t(), out=grad_x[block])
     return None if grad_x is None else grad_x.reshape(x.shape), *first, *second
 
 
