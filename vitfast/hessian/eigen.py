@@ -144,7 +144,8 @@ def top_eigenvalues(
 
 def _step(operator, state: LanczosState, generator: torch.Generator) -> None:
     """The block joins the basis, and the next one comes from its products."""
-    basis, block = torch.cat((state.basis, state.block), 1), state.block
+    block = state.block
+    basis = torch.cat((state.basis.T, block.T)).T  # vector by vector: one more is a plain copy behind the others
     image = operator @ block
     old, new = state.basis.shape[1], basis.shape[1]
     coupling = basis.T @ image
@@ -206,7 +207,7 @@ def _restart(state: LanczosState, k: int, which: str, basis_size: int) -> None:
     kept = _best(values, max(1, min(k + (room - k) // 2, room - 1)), which)
     coupled = state.factor.shape[1]
     factor = state.factor @ y[len(y) - coupled :, kept]
-    basis = state.basis @ y[:, kept].to(state.basis.dtype)
+    basis = (y[:, kept].T.to(state.basis.dtype) @ state.basis.T).T
     vars(state).update(basis=basis, projected=torch.diag(values[kept]), factor=factor)
 
 

@@ -269,6 +269,20 @@ def _product_tangents(a: Any, b: Any, start: Tensor | None = None) -> Tensor:
     return total.total()
 
 
+def _mm_primal(a, b):
+    return _product_tangents(Dual(a, a[None]), b)[0]  # a product is linear in a factor: its own tangent
+
+
+def _addmm_primal(bias, a, b, *, beta=1, alpha=1):
+    if not (beta == alpha == 1 and bias.dim() == 1):
+        return aten.addmm.default(bias, a, b, beta=beta, alpha=alpha)
+    return _product_tangents(Dual(a, a[None]), b, bias.expand(1, 1, b.shape[1]))[0]
+
+
+PRIMALS[aten.mm.default] = _mm_primal
+PRIMALS[aten.addmm.default] = _addmm_primal
+
+
 @_rule(aten.mm.default)
 def _mm(operation, result, a, b):
     return Dual(result, _product_tangents(a, b))
