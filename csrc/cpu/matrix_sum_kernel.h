@@ -84,11 +84,20 @@ class MatrixSumTask {
 
 void matrix_sum(const MatrixSum& call) {
   const int64_t units = call.columns / kMatrixSumColumns, threads = thread_count();
-  const int64_t down = parts(call.rows, MatrixSumTask::kRows), whole = call.count * down;
-  // Few tasks are cut further, for all threads to have as many.
-  int64_t across = 1;
-  while (across < units && whole * across < 8 * threads && whole * across % threads != 0) ++across;
-  parallel_for(whole * across, 1, [&](int64_t begin, int64_t end) {
+  // Few tasks are cut further, for all threads to have as many: columns first, which does not copy more of B.
+  constexpr int64_t kFewestColumns = 64, kFewestRows = 64;
+  int64_t down = parts(call.rows, MatrixSumTask::kRows), across = 1;
+  const auto tasks = [&] { return call.count * down * across; };
+  while (tasks() % threads != 0 && tasks() < 8 * threads) {
+    if (call.columns >= (across + 1) * kFewestColumns) {
+      ++across;
+    } else if (call.rows >= (down + 1) * kFewestRows) {
+      ++down;
+    } else {
+      break;
+    }
+  }
+  parallel_for(tasks(), 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(MatrixSumTask(call, Arena()).bytes());
     MatrixSumTask run(call, Arena(scratch.data()));
     for (int64_t task = begin; task < end; ++task) {

@@ -16,7 +16,7 @@ namespace {
 
 class WeightGradientBlock {
   static constexpr int64_t kLane = kLanes<float>, kPanel = kTileVectors * kLane;
-  static constexpr int64_t kDepth = 512;  // the copies stay in the second level, and dW is rarely read and written
+  static constexpr int64_t kDepth = 512;  // copies of 0.7 MB with AVX-512, 0.3 MB else; dW is rarely read and written
 
  public:
   // Of dW, a task's share at most: many tiles for what is copied.

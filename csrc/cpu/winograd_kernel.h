@@ -6,9 +6,10 @@
 // A^T)] G, whose sums over tiles are 16 matrix products too. All transforms take sums, differences and halves only, so
 // that the rounding errors stay those of a convolution.
 //
-// A task handles some tiles and at most 64 channels on either side at a time: the 16 matrices of patches, of filters
-// and of results then lie in the second level, where transforms write them and the products find them. Transforms are
-// made again for every 64 channels of the other side, which costs a few percent and needs no memory.
+// A task handles some tiles and at most 64 channels on either side at a time: the 16 matrices of patches, of one block
+// of filters and of results then lie in the second level, where transforms write them and the products find them.
+// Patches are transformed again for every 64 channels of the results, which costs a few percent, and filters once for
+// every task, which keeps the blocks of all its inputs: as much memory as the tensors, but for 64 outputs only.
 //
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
 #pragma once
@@ -345,7 +346,7 @@ class FilterGradientTask {
         patches_(kTiles, arena),
         grads_(kTiles, arena),
         sums_(kChannels, arena),
-        taps_(arena.take<float>(kLane * kTaps * kChannels)),
+        taps_(arena.take<float>(kLane * kTaps * kLane)),
         offset_(arena.take<int64_t>(std::max(kTiles, kChannels))),
         outside_(arena.take<float>(kChannels)),
         bytes_(arena.used()) {
@@ -418,12 +419,14 @@ class FilterGradientTask {
 };
 
 void filter_gradient(const SumOfFilterGradients& call) {
-  // A task goes over all tiles, so that the order of every sum is the same for any number of threads. Fewer channels
-  // where there are few tasks.
+  // A task goes over all tiles, so that the order of every sum is the same for any number of threads. Few tasks are cut
+  // further, for all threads to have as many.
+  const int64_t threads = thread_count();
   int64_t most_inputs = kChannels, most_outputs = kChannels, across, down;
   for (;;) {
     across = parts(call.shape.inputs, most_inputs), down = parts(call.shape.outputs, most_outputs);
-    if (call.shape.count * across * down >= 2 * thread_count() || most_inputs == kConvolutionChannels) break;
+    const int64_t tasks = call.shape.count * across * down;
+    if (tasks % threads == 0 || tasks >= 4 * threads || most_inputs == kConvolutionChannels) break;
     (most_outputs == most_inputs ? most_outputs : most_inputs) /= 2;
   }
   parallel_for(call.shape.count * across * down, 1, [&](int64_t begin, int64_t end) {

@@ -38,6 +38,17 @@ class Images(nn.Module):
         return self.last(self.layers(self.first(x).unflatten(1, (4, 6, 6))).flatten(1))
 
 
+class View(nn.Module):
+    """Another shape of the same memory, which the images of a batch must not be too scattered for."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return x.view(len(x), *self.shape)
+
+
 class Function(nn.Module):
     """A function as a layer, with a parameter that it may use."""
 
@@ -128,6 +139,11 @@ LAYERS = {
         *(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(32, 16, 1), nn.ReLU()),
         *(nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=2)),
     ),
+    "convolutions of odd kinds": lambda: Images(
+        *(nn.Conv2d(4, 16, 3, padding="valid"), nn.GELU(), View(-1), View(16, 4, 4)),
+        *(nn.Conv2d(16, 16, 3, padding="same", padding_mode="reflect"), nn.GELU(), nn.GELU()),
+        *(nn.Conv2d(16, 16, 1, padding="valid"), nn.ReLU(), View(4, 64), nn.Linear(64, 3)),
+    ),
     "convolutions of one and three dimensions": lambda: Images(
         *(nn.Flatten(2), nn.Conv1d(4, 16, 3, padding=1), nn.Tanh(), nn.Unflatten(2, (4, 3, 3)), nn.Conv3d(16, 2, 3))
     ),
@@ -215,6 +231,7 @@ def test_models(build, side, training):
         ("layer norm", torch.bfloat16, 0.1),
         ("convolution", torch.float32, 1e-5),
         ("convolutions with kernels", torch.float32, 1e-5),
+        ("convolutions of odd kinds", torch.float32, 1e-5),
         ("convolutions of one and three dimensions", torch.float32, 1e-5),
     ],
     ids=str,

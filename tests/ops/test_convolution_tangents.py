@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_reference
 
+import vitfast
 from vitfast.ops import convolution
 
 K = 3
@@ -142,13 +143,18 @@ def test_same_bits_with_any_number_of_threads(threads):
 
 
 def serves(weight, in_size=(8, 8), stride=(1, 1), padding=(1, 1), dilation=(1, 1), transposed=False, groups=1):
-    return convolution.serves(in_size, weight, stride, padding, dilation, transposed, groups)
+    x = torch.empty(1, 1, *in_size, device=weight.device)
+    return convolution.serves(x, weight, stride, padding, dilation, transposed, groups)
 
 
 def test_what_is_left_to_pytorch():
     weight, pointwise = torch.empty(16, 32, 3, 3), torch.empty(5, 3, 1, 1)
     assert serves(weight)
     assert serves(weight, (7, 7), padding=(0, 0))
+    assert serves(weight, (7, 7), padding=(0,))  # what PyTorch makes of "valid"
+    with vitfast.backend("reference"):
+        assert not serves(weight)
+    assert not convolution.serves(torch.empty(0, 32, 8, 8), weight, (1, 1), (1, 1), (1, 1), False, 1)
     assert serves(pointwise, (1, 1), padding=(0, 0))
     for options in (
         {"stride": (2, 2)},
@@ -168,7 +174,7 @@ def test_what_is_left_to_pytorch():
     assert not serves(weight.double())
     assert not serves(torch.empty(16, 24, 3, 3))
     assert not serves(torch.empty(16, 16, 5, 5), padding=(2, 2))
-    assert not serves(torch.empty(16, 16, 3), (8,), (1,), (1,), (1,))
+    assert not serves(torch.empty(16, 16, 3), (8, 8), (1,), (1,), (1,))
     assert not serves(torch.empty(16, 16, 3, 3, device="meta"))
 
 

@@ -65,10 +65,19 @@ class Called(TorchDispatchMode):
         (lambda x, weight, bias: (x, weight.t().contiguous().t(), None), True),
         (lambda x, weight, bias: (x, weight[:15], bias[:15]), False),
         (lambda x, weight, bias: (x, weight[:, :5].clone()[:, ::2], bias), False),
+        (lambda x, weight, bias: (x, weight, bias[:1]), False),
         (lambda x, weight, bias: (x.double(), weight.double(), bias.double()), False),
         (lambda x, weight, bias: (x, weight, torch.stack([bias, bias], 1)[:, 0]), False),
     ],
-    ids=["whole vectors", "transposed", "15 columns", "weight of steps", "float64", "bias of steps"],
+    ids=[
+        "whole vectors",
+        "transposed",
+        "15 columns",
+        "weight of steps",
+        "one bias for all",
+        "float64",
+        "bias of steps",
+    ],
 )
 def test_what_the_kernel_serves(change, kernel):
     x, weight, bias = change(*make(outputs=16, dtype=torch.float32))
@@ -178,8 +187,8 @@ def gradients(grad, x, weight=None, bias=None):
     return weight, bias
 
 
-@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (9, 48), (17, 64), (145, 96), (300, 208), (40, 784)])
+@pytest.mark.parametrize("rows", [1, 511, 512, 513, 1100])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (9, 48), (17, 64), (289, 96), (300, 208), (40, 784)])
 def test_gradients_of_weights(rows, outputs, inputs):
     grad, x = torch.randn(rows, outputs), torch.randn(rows, inputs)
     weight, bias = gradients(grad, x)

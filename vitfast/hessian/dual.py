@@ -103,7 +103,8 @@ RULES: dict[Any, tuple[Callable, Callable[..., bool] | None]] = {}
 arguments this serves, None for all."""
 
 PRIMALS: dict[Any, Callable] = {}
-"""Operations of the dispatcher -> what computes their primal results, where that is not the operation itself."""
+"""Operations of the dispatcher -> what computes their primal results, where that is not the operation itself. These may
+have another layout, but share no memory with arguments that the operation's would not."""
 
 STATISTICS: set[Any] = set()
 """Operations some of whose results have no tangents, and need none."""

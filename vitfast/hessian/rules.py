@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
-from vitfast.hessian.dual import COMPOSITES, CONSTANTS, PRIMALS, RULES, STATISTICS, Dual, dual, parts
+from vitfast.hessian.dual import COMPOSITES, CONSTANTS, PRIMALS, RULES, STATISTICS, Dual, Unsupported, dual, parts
 from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
@@ -25,6 +25,7 @@ from vitfast.ops.layers import (
     gelu_tangents,
     layer_norm_backward_tangents,
     layer_norm_tangents,
+    matrix_product,
 )
 
 aten = torch.ops.aten
@@ -57,6 +58,14 @@ def _with_transforms(rule: Callable) -> Callable:
 def _behind(dim: int) -> int:
     """A dimension of a primal as one of its tangents, which have K in front."""
     return dim + 1 if dim >= 0 else dim
+
+
+def _reshaped_primal(x, shape, *strides):
+    return x.reshape(shape)  # a view in PyTorch, but its layout may be another one here
+
+
+for _view_operation in (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default):
+    PRIMALS[_view_operation] = _reshaped_primal
 
 
 @_rule(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
@@ -269,17 +278,13 @@ def _product_tangents(a: Any, b: Any, start: Tensor | None = None) -> Tensor:
     return total.total()
 
 
-def _mm_primal(a, b):
-    return _product_tangents(Dual(a, a[None]), b)[0]  # a product is linear in a factor: its own tangent
-
-
 def _addmm_primal(bias, a, b, *, beta=1, alpha=1):
-    if not (beta == alpha == 1 and bias.dim() == 1):
-        return aten.addmm.default(bias, a, b, beta=beta, alpha=alpha)
-    return _product_tangents(Dual(a, a[None]), b, bias.expand(1, 1, b.shape[1]))[0]
+    if bias.dim() != 1:
+        return aten.addmm.default(bias, a, b)
+    return matrix_product(a, b, bias)
 
 
-PRIMALS[aten.mm.default] = _mm_primal
+PRIMALS[aten.mm.default] = matrix_product
 PRIMALS[aten.addmm.default] = _addmm_primal
 
 
@@ -373,7 +378,7 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
         x_grad_t = convolution.input_gradient_tangents(grad, weight, grad_t, weight_t, padding)
     elif wanted[0]:
         if grad_t is not None:
-            folded = x[None].expand(count, *x.shape).flatten(0, 1)  # of which only shape and layout are read
+            folded = _unwritten(count * len(x), x)  # of which only shape and layout are read
             x_grad_t = gradient(0, grad_t.flatten(0, 1), folded, weight).unflatten(0, (count, -1))
         if weight_t is not None:
             x_grad_t = _added(x_grad_t, (gradient(0, grad, x, weight_t[k]) for k in range(count)), count)
@@ -391,13 +396,19 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
     return tuple(None if r is None else dual(r, t) for r, t in zip(results, tangents, strict=True))
 
 
+def _unwritten(batch: int, x: Tensor) -> Tensor:
+    """So many images like those of x, in their layout."""
+    layout = torch.channels_last if x.dim() == 4 and x.stride(1) == 1 else torch.contiguous_format
+    return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
 def _has_kernels(x, weight, stride, padding, dilation, transposed, output_padding, groups) -> bool:
-    return convolution.serves(x.shape[2:], weight, stride, padding, dilation, transposed, groups)
+    return convolution.serves(x, weight, stride, padding, dilation, transposed, groups)
 
 
 def _in_best_layout(maps: Tensor | None, weight: Tensor) -> Tensor | None:
     """Images, or their tangents, with channels last where convolutions are faster so. What follows takes it over."""
-    if maps is None or weight.dim() != 4 or not convolution.is_float32_on_cpu(weight):
+    if maps is None or weight.dim() != 4 or not convolution.has_best_layout(weight):
         return maps
     return convolution.channels_last(maps)
 
@@ -408,10 +419,7 @@ def _added(total: Tensor | None, each: Iterable[Tensor], count: int) -> Tensor:
     for k, tensor in enumerate(each):
         if total is None:
             total = tensor.new_empty_strided((count, *tensor.shape), (tensor.numel(), *tensor.stride()))
-        if is_new:
-            total[k] = tensor
-        else:
-            total[k] += tensor
+        total[k].copy_(tensor) if is_new else total[k].add_(tensor)
     return total
 
 
@@ -611,6 +619,11 @@ def _composite(operation) -> Callable:
         return function
 
     return register
+
+
+@_composite(aten.as_strided.default)
+def _as_strided(x, size, stride, storage_offset=None):
+    raise Unsupported("as_strided looks at memory, whose layout may be another one here")
 
 
 _MEAN = 1  # of the reductions of losses

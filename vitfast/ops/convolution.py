@@ -1,4 +1,4 @@
-"""Tangents of convolutions with stride 1, K at a time: what `vitfast.hessian` computes with.
+"""Convolutions with stride 1 and their tangents, K at a time: what `vitfast.hessian` computes with.
 
 The tangent of a convolution is the sum of two, x_t * w + x * w_t, and so is that of either of its gradients. Kernels
 for 3x3 filters (`winograd_kernel.h`) add them up before anything is written, and multiply 2.25 times less often than
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vitfast.ops import _extension
+from vitfast.ops.backend import is_chosen
 from vitfast.ops.layers import Products
 
 _FILTER, _CHANNELS, _TILE = 3, 16, 2
@@ -25,7 +26,7 @@ _LEAST_USED = 0.6
 
 
 def serves(
-    in_size: Sequence[int],
+    x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -33,28 +34,28 @@ def serves(
     transposed: bool,
     groups: int,
 ) -> bool:
-    """Whether there is something faster than PyTorch's convolution for maps of (height, width) with such options."""
+    """Whether there is something faster than PyTorch's convolution with such options."""
     if (
-        not is_float32_on_cpu(weight)
-        or weight.dim() != 4
+        weight.dim() != 4
         or transposed
         or groups != 1
         or any(step != 1 for step in (*stride, *dilation))
+        or len(set(padding)) != 1  # one number may stand for both
+        or not has_best_layout(weight)
+        or not _extension.available()
+        or not is_chosen("cpu", weight.device)
     ):
         return False
-    out_size = [
-        size + 2 * around - taps + 1 for size, around, taps in zip(in_size, padding, weight.shape[2:], strict=True)
-    ]
-    if 0 in weight.shape or min(out_size) <= 0:
+    out_size = [size + 2 * padding[0] - taps + 1 for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True)]
+    if 0 in (*x.shape, *weight.shape) or min(out_size) <= 0:
         return False
-    return not any(padding) if _is_pointwise(weight) else _kernels_serve(weight, out_size, padding)
+    return padding[0] == 0 if _is_pointwise(weight) else _kernels_serve(weight, out_size, padding[0])
 
 
-def _kernels_serve(weight: Tensor, out_size: Sequence[int], padding: Sequence[int]) -> bool:
+def _kernels_serve(weight: Tensor, out_size: Sequence[int], padding: int) -> bool:
     return (
-        _extension.available()
-        and weight.shape[2:] == (_FILTER, _FILTER)
-        and padding[0] == padding[1] < _FILTER
+        weight.shape[2:] == (_FILTER, _FILTER)
+        and padding < _FILTER
         and all(channels % _CHANNELS == 0 for channels in weight.shape[:2])
         and out_size[0] * out_size[1] >= _LEAST_USED * _rounded_up(out_size[0]) * _rounded_up(out_size[1])
     )
@@ -64,8 +65,8 @@ def _rounded_up(size: int) -> int:
     return -(-size // _TILE) * _TILE
 
 
-def is_float32_on_cpu(x: Tensor) -> bool:
-    """Whether convolutions of it are fastest with channels last."""
+def has_best_layout(x: Tensor) -> bool:
+    """Whether images of its dtype and device are convolved fastest with channels last, whatever computes it."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 

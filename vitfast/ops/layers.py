@@ -20,7 +20,7 @@ from vitfast.ops.linear import has_gradient_kernel, has_product_kernel
 
 
 class Products:
-    """A sum of matrix products, (K, rows, columns). What is None is left out."""
+    """A sum of at most two matrix products, (K, rows, columns). What is None is left out."""
 
     def __init__(self, count: int, rows: int, columns: int):
         self._shape = (count, rows, columns)
@@ -34,27 +34,39 @@ class Products:
     def add(self, a: Tensor | None, b: Tensor | None) -> None:
         """The products of K pairs, of which one may be a single matrix, the same for all."""
         if a is not None and b is not None:
+            assert len(self._terms) < 2
             self._terms.append((a, b))
 
     def total(self) -> Tensor | None:
         """None if nothing was added."""
         if not self._terms:
             return None if self._start is None else self._start.expand(self._shape)
-        if all(self._has_product_kernel(*term) for term in self._terms) and self._starts_with_rows():
+        if self._product_kernel_serves():
             return self._by_products()
-        if all(self._has_gradient_kernel(*term) for term in self._terms) and self._start is None:
+        if self._gradient_kernel_serves():
             return self._by_gradients()
         return self._by_pytorch()
 
-    def _has_product_kernel(self, a: Tensor, b: Tensor) -> bool:
-        return self._shape[0] > 0 and has_product_kernel(_first(a), _first(b))
+    def have_kernel(self) -> bool:
+        """Whether it is not PyTorch that computes them."""
+        return self._product_kernel_serves() or self._gradient_kernel_serves()
 
-    def _has_gradient_kernel(self, a: Tensor, b: Tensor) -> bool:
-        return self._shape[0] > 0 and has_gradient_kernel(_first(a).t(), _first(b))  # A is what lies in memory, turned
-
-    def _starts_with_rows(self) -> bool:
+    def _product_kernel_serves(self) -> bool:
         start = self._start
-        return start is None or (start.dim() == 3 and start.shape[1] == 1 and start.stride(2) == 1)
+        return (
+            _extension.available()
+            and self._shape[0] > 0
+            and all(has_product_kernel(_first(a), _first(b)) for a, b in self._terms)
+            and (start is None or (start.shape[1:] == (1, self._shape[2]) and start.stride(2) == 1))
+        )
+
+    def _gradient_kernel_serves(self) -> bool:
+        return (
+            _extension.available()
+            and self._shape[0] > 0
+            and self._start is None
+            and all(has_gradient_kernel(_first(a).t(), _first(b)) for a, b in self._terms)  # A^T is what lies in memory
+        )
 
     def _by_products(self) -> Tensor:
         result = self._terms[0][0].new_empty(self._shape)
@@ -89,6 +101,16 @@ class Products:
 
 def _first(matrices: Tensor) -> Tensor:
     return matrices if matrices.dim() == 2 else matrices[0]
+
+
+def matrix_product(a: Tensor, b: Tensor, row: Tensor | None = None) -> Tensor:
+    """A B + row."""
+    products = Products(1, a.shape[0], b.shape[1])
+    products.begin(None if row is None else row[None, None])
+    products.add(a, b)
+    if products.have_kernel():
+        return products.total()[0]
+    return a @ b if row is None else torch.addmm(row, a, b)
 
 
 # ---- layer normalisation of rows -------------------------------------------------------------------------------------
@@ -150,9 +172,11 @@ def gelu_tangents(x: Tensor, x_t: Tensor) -> Tensor:
     """Of gelu(x), with the exact GELU, x Phi(x)."""
     if not _serves(x, x_t):
         return mapped(lambda t: reference.gelu_tangent(x, t), (x_t,))
-    output_t = x.new_empty(*x_t.shape)
-    torch.ops.vitfast.gelu_tangents(x.contiguous(), None, x_t.contiguous(), None, output_t)
-    return output_t
+    order = _order_in_memory(x)
+    x, x_t = (_dense(_permuted(t, order)) for t in (x, x_t))
+    output_t = torch.empty_like(x_t)
+    torch.ops.vitfast.gelu_tangents(x, None, x_t, None, output_t)
+    return _permuted_back(output_t, order)
 
 
 def gelu_backward_tangents(grad: Tensor, x: Tensor, grad_t: Tensor | None, x_t: Tensor | None) -> Tensor:
@@ -160,10 +184,31 @@ def gelu_backward_tangents(grad: Tensor, x: Tensor, grad_t: Tensor | None, x_t: 
     tangents = (grad_t, x_t)
     if not _serves(x, grad, *tangents):
         return mapped(lambda *t: reference.gelu_backward_tangent(grad, x, *t), tangents)
-    x_grad_t = x.new_empty(count_of(tangents), *x.shape)
-    grad_t, x_t = (None if t is None else t.contiguous() for t in tangents)
-    torch.ops.vitfast.gelu_tangents(x.contiguous(), grad.contiguous(), x_t, grad_t, x_grad_t)
-    return x_grad_t
+    order = _order_in_memory(x)
+    x, grad, grad_t, x_t = (_dense(_permuted(t, order)) for t in (x, grad, grad_t, x_t))
+    x_grad_t = x.new_empty(count_of((grad_t, x_t)), *x.shape)
+    torch.ops.vitfast.gelu_tangents(x, grad, x_t, grad_t, x_grad_t)
+    return _permuted_back(x_grad_t, order)
+
+
+# Elementwise, so that maps with channels last may stay so.
+
+
+def _order_in_memory(x: Tensor) -> list[int]:
+    """The dimensions, the one with the largest stride first."""
+    return sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+
+
+def _permuted(x: Tensor | None, order: list[int]) -> Tensor | None:
+    """The last dimensions in this order; there may be K in front."""
+    if x is None:
+        return None
+    return x.permute(order) if x.dim() == len(order) else x.permute(0, *(dim + 1 for dim in order))
+
+
+def _permuted_back(tangents: Tensor, order: list[int]) -> Tensor:
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return _permuted(tangents, back)
 
 
 # ---- where there are kernels -----------------------------------------------------------------------------------------

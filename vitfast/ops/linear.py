@@ -6,7 +6,7 @@ kernels of our own (`matrix_sum_kernel.h`), which add the bias in registers and 
 are the gradients of weights and biases (`weight_gradient_kernel.h`). `DESIGN.md` has the figures.
 
 Whatever else comes is `torch.nn.functional.linear`: other dtypes and devices, transforms of `torch.func`,
-`torch.compile`, autocast, and numbers of columns that are no whole vectors.
+`torch.compile`, autocast, columns that are no whole vectors, and processors without wide ones.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ def rows_of(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x W^T + b of matrices, written to ``out`` if there is one; W may be a transposed view."""
-    if not has_product_kernel(x, weight.t()) or not (bias is None or _is_vector(bias)):
-        result = F.linear(x, weight, bias)
-        return result if out is None else out.copy_(result)
+    if has_product_kernel(x, weight.t()) and (bias is None or _is_row(bias, len(weight))):
+        if out is None:
+            out = x.new_empty(len(x), len(weight))
+        torch.ops.vitfast.matrix_sum(x, weight.t(), None, None, bias, out[None])
+        return out
     if out is None:
-        out = x.new_empty(len(x), len(weight))
-    torch.ops.vitfast.matrix_sum(x, weight.t(), None, None, bias, out[None])
-    return out
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def has_product_kernel(a: Tensor, b: Tensor) -> bool:
@@ -77,13 +78,20 @@ def has_product_kernel(a: Tensor, b: Tensor) -> bool:
         and 0 not in (*a.shape, *b.shape)
         and a.stride(1) == 1
         and 1 in b.stride()
+        and type(a) in _PLAIN
         and type(b) in _PLAIN
         and _extension.require().instruction_set() != "baseline"
     )
 
 
-def _is_vector(bias: Tensor) -> bool:
-    return bias.is_cpu and bias.dtype == torch.float32 and bias.is_contiguous() and type(bias) in _PLAIN
+def _is_row(bias: Tensor, columns: int) -> bool:
+    return (
+        bias.is_cpu
+        and bias.dtype == torch.float32
+        and bias.shape == (columns,)
+        and bias.is_contiguous()
+        and type(bias) in _PLAIN
+    )
 
 
 def parameter_gradients(
