@@ -31,8 +31,6 @@ from vitfast import hessian, train
 from vitfast.bench.environment import machine, versions
 
 TOP, TOLERANCE = 5, 1e-3
-
-
 RECIPES = {"early": train.Recipe(epochs=6), "trained": train.Recipe(epochs=60, lr=1e-3)}
 
 

@@ -41,15 +41,16 @@ class Products:
         """None if nothing was added."""
         if not self._terms:
             return None if self._start is None else self._start.expand(self._shape)
+        result = self.by_kernel()
+        return self._by_pytorch() if result is None else result
+
+    def by_kernel(self) -> Tensor | None:
+        """The sum of the products that were added, or None if no kernel serves."""
         if self._product_kernel_serves():
             return self._by_products()
         if self._gradient_kernel_serves():
             return self._by_gradients()
-        return self._by_pytorch()
-
-    def have_kernel(self) -> bool:
-        """Whether it is not PyTorch that computes them."""
-        return self._product_kernel_serves() or self._gradient_kernel_serves()
+        return None
 
     def _product_kernel_serves(self) -> bool:
         start = self._start
@@ -108,8 +109,9 @@ def matrix_product(a: Tensor, b: Tensor, row: Tensor | None = None) -> Tensor:
     products = Products(1, a.shape[0], b.shape[1])
     products.begin(None if row is None else row[None, None])
     products.add(a, b)
-    if products.have_kernel():
-        return products.total()[0]
+    result = products.by_kernel()
+    if result is not None:
+        return result[0]
     return a @ b if row is None else torch.addmm(row, a, b)
 
 
