@@ -8,13 +8,14 @@ and its tangents by a rule (`vitfast.hessian.rules`), or else by `vmap` of `jvp`
 It is what `vmap(jvp(grad(f)))` computes. Nested transforms of `torch.func` cost up to a millisecond for every layer
 that is written in Python, and compute K tangents by many passes over memory.
 
-A tensor without tangents is a plain one: constants cost nothing.
+A tensor without tangents is a plain one: constants cost nothing. Rules see neither: they get a `Pair` for every `Dual`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, ValuesView
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from torch.func import jvp
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["Dual", "Primals", "Unsupported", "dual", "gradient_tangents", "parts"]
+from vitfast.hessian.recording import Pair, Recording, leaves_of, mapped, parts
+
+__all__ = ["Dual", "Rule", "Unsupported", "gradient_tangents"]
 
 
 class Unsupported(Exception):
@@ -42,18 +45,19 @@ class Dual(Tensor):
         primal: the values.
         tangents: (K, *shape).
         is_shared: whether a view of the same memory exists, so that a change in place would have to be seen elsewhere.
-        run: the primal results of the run that it is part of.
+        recording: of the run that it is part of, if somebody records it.
+        place: what stands for it there.
     """
 
     @staticmethod
-    def __new__(cls, primal: Tensor, tangents: Tensor):
+    def __new__(cls, primal: Tensor, tangents: Tensor, recording: Recording | None = None, place: Pair | None = None):
         return Tensor._make_wrapper_subclass(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
         )
 
-    def __init__(self, primal: Tensor, tangents: Tensor):
+    def __init__(self, primal: Tensor, tangents: Tensor, recording: Recording | None = None, place: Pair | None = None):
         self.primal, self.tangents = primal, tangents.to(primal.dtype)
-        self.is_shared, self.run = False, None
+        self.is_shared, self.recording, self.place = False, recording, place
 
     def __repr__(self) -> str:
         return f"Dual({self.primal}, tangents={self.tangents})"
@@ -63,7 +67,8 @@ class Dual(Tensor):
         # Autograd detaches what it saves, too, but that comes to __torch_dispatch__ alone; and in the forward of a
         # Function, where forward mode is off, what is detached is still a value of the function.
         if function in _STOPS and torch._C._is_fwd_grad_enabled():
-            return args[0].run.handed_out(args[0].primal)
+            primal = args[0].primal  # somebody gets to do with it as he likes
+            return primal.detach() if args[0].recording is None else primal.clone()
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -77,30 +82,34 @@ class Dual(Tensor):
             return _take_over(args[0], cls.__torch_dispatch__(plain, types, args, kwargs), operation)
         if operation in COMPOSITES:
             return COMPOSITES[operation](*args, **kwargs)
-        run = _run_of((args, kwargs.values()))
-        rule, serves = RULES.get(operation, (None, None))
-        if rule is None or (serves is not None and not serves(*args, **kwargs)):
-            results = by_transforms(operation, *args, **kwargs)
-        else:
-            results = rule(operation, run.of(operation, args, kwargs), *args, **kwargs)
-        is_view = _returns_views(operation)
-        for result in results if isinstance(results, (tuple, list)) else (results,):
-            if isinstance(result, Tensor) and result.is_complex():
-                raise Unsupported(f"{operation} returns complex numbers")
-            if isinstance(result, Dual):
-                result.run, result.is_shared = run, is_view
-        if is_view:
-            for arg in args:
-                if isinstance(arg, Dual):
-                    arg.is_shared = True
+        results = _with_tangents(operation, args, kwargs)
+        if _returns_views(operation):
+            for x in leaves_of((args, results)):
+                if isinstance(x, Dual):
+                    x.is_shared = True
         return results
 
 
 _STOPS = {Tensor.detach, torch.detach, Tensor.data.__get__}
 
-RULES: dict[Any, tuple[Callable, Callable[..., bool] | None]] = {}
-"""Operations of the dispatcher -> (operation, its primal result, *arguments) -> its result with tangents; and which
-arguments this serves, None for all."""
+
+@dataclass(frozen=True)
+class Rule:
+    """How the tangents of an operation's results are computed.
+
+    Attributes:
+        function: (operation, its primal result, *arguments) -> its result, with pairs for what has tangents.
+        serves: which arguments it is for, None for all.
+        maps: whether it may map a definition over all tangents, which PyTorch allows in a dispatch only if told so.
+    """
+
+    function: Callable[..., Any]
+    serves: Callable[..., bool] | None
+    maps: bool
+
+
+RULES: dict[Any, Rule] = {}
+"""Of operations of the dispatcher."""
 
 PRIMALS: dict[Any, Callable] = {}
 """Operations of the dispatcher -> what computes their primal results, where that is not the operation itself. These may
@@ -116,44 +125,38 @@ CONSTANTS: set[Any] = set()
 """Operations whose result depends on no values of their arguments. It is new in every run: somebody may fill it."""
 
 
-class Primals:
-    """The primal results of operations, in the order in which they run: computed once, and kept if somebody asks to.
+def _with_tangents(operation, args: tuple, kwargs: dict) -> Any:
+    """The results of an operation, by its rule or by transforms."""
+    recording = next((x.recording for x in leaves_of((args, *kwargs.values())) if isinstance(x, Dual)), None)
+    pairs, options = mapped(_pair, args), {name: mapped(_pair, value) for name, value in kwargs.items()}
+    rule = RULES.get(operation)
+    if rule is None or (rule.serves is not None and not rule.serves(*pairs, **options)):
+        function, first = by_transforms, (operation,)
+    else:
+        primal = PRIMALS.get(operation, operation)(*map(_primal, args), **kwargs)
+        function, first = rule.function, (operation, primal)
+    if function is by_transforms or rule.maps:
+        with enable_reentrant_dispatch(), torch.no_grad():
+            results = function(*first, *pairs, **options)
+    else:
+        results = function(*first, *pairs, **options)
+    if any(isinstance(x, Tensor) and x.is_complex() for x in leaves_of(results)):
+        raise Unsupported(f"{operation} returns complex numbers")
+    places: list[Pair] = []
 
-    A function that is run again on the same values then computes tangents only.
-    """
+    def dual(x: Any) -> Any:
+        if not isinstance(x, Pair):
+            return x
+        if recording is None:
+            return Dual(x.primal, x.tangents)
+        places.append(Pair(x.primal, None))
+        return Dual(x.primal, x.tangents, recording, places[-1])
 
-    def __init__(self, keep: bool):
-        self._keep, self._results, self._next = keep, [], 0
-
-    def handed_out(self, primal: Tensor) -> Tensor:
-        """Values that somebody gets to do with as he likes."""
-        return primal.clone() if self._keep else primal.detach()
-
-    def rewind(self) -> None:
-        """To the first operation."""
-        self._next = 0
-
-    def of(self, operation, args, kwargs):
-        """The result of the operation that is next."""
-        if self._next < len(self._results):
-            kept, result, versions = self._results[self._next]
-            if kept is not operation:
-                raise Unsupported(f"{operation} runs where {kept} ran before: the function is not the same")
-            if versions != _versions(result):
-                raise Unsupported(f"the result of {operation}, which is kept, was changed in place")
-        else:
-            result = PRIMALS.get(operation, operation)(*map(_primal, args), **kwargs)
-            if self._keep:
-                self._results.append((operation, result, _versions(result)))
-        self._next += 1
-        return result
-
-
-def _versions(results: Any) -> list[int]:
-    """How often each tensor has been changed."""
-    return [
-        r._version for r in (results if isinstance(results, (tuple, list)) else (results,)) if isinstance(r, Tensor)
-    ]
+    results = mapped(dual, results)
+    if recording is not None:
+        args, kwargs = mapped(_place, args), {name: mapped(_place, value) for name, value in kwargs.items()}
+        recording.add(function, (*first, *args), kwargs, places)
+    return results
 
 
 @functools.cache
@@ -162,21 +165,16 @@ def _returns_views(operation) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
 
 
-def _run_of(args) -> Primals | None:
-    """Of the first tensor with tangents, which may be in a list."""
-    for arg in args:
-        run = arg.run if isinstance(arg, Dual) else None
-        if isinstance(arg, (tuple, list, ValuesView)):
-            run = _run_of(arg)
-        if run is not None:
-            return run
-    return None
+def _pair(x: Any) -> Any:
+    return Pair(x.primal, x.tangents) if isinstance(x, Dual) else x
+
+
+def _place(x: Any) -> Any:
+    return x.place if isinstance(x, Dual) else x
 
 
 def _primal(x: Any) -> Any:
-    if isinstance(x, (list, tuple)):
-        return [_primal(item) for item in x]
-    return x.primal if isinstance(x, Dual) else x
+    return mapped(lambda item: item.primal if isinstance(item, Dual) else item, x)
 
 
 def _not_in_place(operation):
@@ -195,25 +193,15 @@ def _take_over(x: Any, result: Dual, operation) -> Dual:
     alike = result.shape == x.shape and result.dtype == x.dtype and result.stride() == x.stride()
     if not isinstance(result, Dual) or not alike:
         raise Unsupported(f"{operation} changes a tensor in place to another layout")
-    x.primal, x.tangents = result.primal, result.tangents
+    x.primal, x.tangents, x.place = result.primal, result.tangents, result.place
     return x
 
 
-def parts(x: Any) -> tuple[Any, Tensor | None]:
-    """The primal of a tensor, and its tangents if it has some."""
-    return (x.primal, x.tangents) if isinstance(x, Dual) else (x, None)
-
-
-def dual(primal: Tensor, tangents: Tensor | None) -> Tensor:
-    """A tensor with these tangents; a plain one if there are none."""
-    return primal if tangents is None else Dual(primal, tangents)
-
-
 def by_transforms(operation, *args, **kwargs):
-    """Any operation that returns new tensors, by `vmap` of its `jvp`."""
+    """The result of any operation that returns new tensors, with pairs, by `vmap` of its `jvp`."""
     leaves, tree = tree_flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
-    duals = [leaves[i] for i in places]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Pair)]
+    pairs = [leaves[i] for i in places]
     results: list[Any] = []
     results_tree = None
 
@@ -233,18 +221,17 @@ def by_transforms(operation, *args, **kwargs):
             raise Unsupported(f"{operation} returns values without tangents, which its derivative may need")
         return floating, [r for r in results if _is_other_tensor(r)]
 
-    primals = tuple(d.primal for d in duals)
+    primals = tuple(p.primal for p in pairs)
     try:
-        with enable_reentrant_dispatch(), torch.no_grad():
-            floating, floating_t, others = torch.vmap(
-                lambda *tangents: jvp(run, primals, tangents, has_aux=True), out_dims=(None, 0, None), randomness="same"
-            )(*(d.tangents for d in duals))
+        floating, floating_t, others = torch.vmap(
+            lambda *tangents: jvp(run, primals, tangents, has_aux=True), out_dims=(None, 0, None), randomness="same"
+        )(*(p.tangents for p in pairs))
     except _WithoutTangents:
         arguments, options = tree_map(lambda x: parts(x)[0], (args, kwargs))
         return operation(*arguments, **options)
     except Exception as error:
         raise Unsupported(f"{operation} has no tangents by torch.func: {error}") from error
-    with_tangents, without = map(Dual, floating, floating_t), iter(others)
+    with_tangents, without = map(Pair, floating, floating_t), iter(others)
     made = (next(with_tangents) if _is_floating(r) else next(without) if _is_other_tensor(r) else r for r in results)
     return tree_unflatten(list(made), results_tree)
 
@@ -259,14 +246,17 @@ def _is_other_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_floating_point()
 
 
-def gradient_tangents(fn: Callable[[Any], Tensor], params: Any, vectors: Any, primals: Primals | None = None) -> Any:
+def gradient_tangents(
+    fn: Callable[[Any], Tensor], params: Any, vectors: Any, recording: Recording | None = None
+) -> Any:
     """The tangents of the gradient of fn at ``params`` along K vectors at once.
 
     Args:
         fn: params -> a scalar.
         params: a tree of tensors.
         vectors: a tree like it, with K in front of all leaves.
-        primals: of an earlier call with the same function and parameters, or to be filled for later ones.
+        recording: of an earlier call with the same function and parameters, which is then not called again; or to be
+            filled by this one, if it is new or tensors in it have been changed since.
 
     Returns:
         A tree like ``vectors``.
@@ -276,17 +266,28 @@ def gradient_tangents(fn: Callable[[Any], Tensor], params: Any, vectors: Any, pr
     """
     leaves, tree = tree_flatten(params)
     tangents = tree_flatten(vectors)[0]
-    primals = primals or Primals(keep=False)
-    primals.rewind()
-    with torch.enable_grad():
-        duals = [Dual(p.detach(), t).requires_grad_() for p, t in zip(leaves, tangents, strict=True)]
-        for leaf in duals:
-            leaf.run = primals
-        value = fn(tree_unflatten(duals, tree))
-        if not value.requires_grad:
-            return tree_map(torch.zeros_like, vectors)
-        gradient = torch.autograd.grad(value, duals, allow_unused=True)
-    results = [parts(g)[1] for g in gradient]
+    if recording is not None and recording.is_current():
+        results = recording.replay(tangents)
+    else:
+        results = _recorded(fn, leaves, tree, tangents, recording)
     return tree_unflatten(
         [torch.zeros_like(t) if r is None else r for r, t in zip(results, tangents, strict=True)], tree
     )
+
+
+def _recorded(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording: Recording | None) -> list:
+    """The tangents of the gradient, None for zero, from a run of the function."""
+    if recording is not None:
+        recording.clear()
+    duals = []
+    for leaf, leaf_t in zip(leaves, tangents, strict=True):
+        primal = leaf.detach()
+        duals.append(Dual(primal, leaf_t, recording, None if recording is None else recording.input(primal)))
+    with torch.enable_grad():
+        value = fn(tree_unflatten([dual.requires_grad_() for dual in duals], tree))
+        gradient = [None] * len(duals)
+        if value.requires_grad:
+            gradient = torch.autograd.grad(value, duals, allow_unused=True)
+    if recording is not None:
+        recording.end([_place(g) if isinstance(g, Dual) else None for g in gradient])
+    return [g.tangents if isinstance(g, Dual) else None for g in gradient]

@@ -14,10 +14,10 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from vitfast.hessian.dual import Primals
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import fitting_chunk, hold_freed_memory, release_freed_memory
 from vitfast.hessian.products import Way, batched, hessian_products, mapped
+from vitfast.hessian.recording import Recording
 
 __all__ = ["HessianOperator"]
 
@@ -92,7 +92,7 @@ class HessianOperator:
         self._names = _chosen(model, params)
         self.layout = Layout.of(self.parameters())
         self._frozen = dropout == "frozen"
-        self._kept: dict[int, tuple[list, Primals]] | None = {} if keep_primals else None
+        self._kept: dict[int, tuple[list, Recording]] | None = {} if keep_primals else None
         self._way = Way()
         self._refuse_dropout()
         self._rank, world = _process()
@@ -164,7 +164,7 @@ class HessianOperator:
         params = self.parameters()
         loss = self._loss_of(inputs, targets)
         if self.curvature == "hessian":
-            return hessian_products(loss, params, self._primals_of(index), self._way)
+            return hessian_products(loss, params, self._recording_of(index), self._way)
 
         def outputs_of(p):
             return functional_call(self.model, p, (inputs,))
@@ -178,16 +178,16 @@ class HessianOperator:
 
         return mapped(product)
 
-    def _primals_of(self, index: int) -> Primals | None:
+    def _recording_of(self, index: int) -> Recording | None:
         """What is kept of a batch, if the model is still the same."""
         if self._kept is None:
             return None
         state = self._state()
-        before, primals = self._kept.get(index, (None, None))
+        before, recording = self._kept.get(index, (None, None))
         if before != state:
-            primals = Primals(keep=True)
-            self._kept[index] = (state, primals)
-        return primals
+            recording = Recording()
+            self._kept[index] = (state, recording)
+        return recording
 
     def _state(self) -> list:
         """What tells whether parameters, buffers and modes are those of another product."""

@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
-from vitfast.hessian.dual import Primals, Unsupported, gradient_tangents
+from vitfast.hessian.dual import Unsupported, gradient_tangents
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import fitting_chunk, keeping_freed_memory
+from vitfast.hessian.recording import Recording
 from vitfast.ops._rules import forward_ad_is_nested, is_transformed
 
 __all__ = ["batched", "fisher_product", "gauss_newton_product", "hvp"]
@@ -157,7 +158,7 @@ class Way:
 
 
 def hessian_products(
-    fn: Callable[[Any], Tensor], params: Any, primals: Primals | None = None, way: Way | None = None
+    fn: Callable[[Any], Tensor], params: Any, recording: Recording | None = None, way: Way | None = None
 ) -> Callable[[Any], Any]:
     """From a tree of vectors, with K in front of all leaves, to the tree of their products; see `gradient_tangents`."""
     way = way or Way()
@@ -166,7 +167,7 @@ def hessian_products(
         if way.by_transforms or is_transformed() or forward_ad_is_nested():
             return by_transforms(vectors)
         try:
-            return gradient_tangents(fn, params, vectors, primals)
+            return gradient_tangents(fn, params, vectors, recording)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

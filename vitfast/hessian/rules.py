@@ -7,16 +7,15 @@ differentiate through the tensors that determine the statistics.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import enable_reentrant_dispatch
 
-from vitfast.hessian.dual import COMPOSITES, CONSTANTS, PRIMALS, RULES, STATISTICS, Dual, Unsupported, dual, parts
+from vitfast.hessian.dual import COMPOSITES, CONSTANTS, PRIMALS, RULES, STATISTICS, Rule, Unsupported
+from vitfast.hessian.recording import Pair, pair, parts
 from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
@@ -31,25 +30,14 @@ from vitfast.ops.layers import (
 aten = torch.ops.aten
 
 
-def _rule(*operations, serves: Callable[..., bool] | None = None) -> Callable:
-    """Registers the decorated function as the rule of operations, for arguments that it ``serves``."""
+def _rule(*operations, serves: Callable[..., bool] | None = None, maps: bool = False) -> Callable:
+    """Registers the decorated function as the `Rule` of operations."""
 
     def register(function: Callable) -> Callable:
-        RULES.update(dict.fromkeys(operations, (function, serves)))
+        RULES.update(dict.fromkeys(operations, Rule(function, serves, maps)))
         return function
 
     return register
-
-
-def _with_transforms(rule: Callable) -> Callable:
-    """Decorates a rule that may map a definition over all tangents, which PyTorch allows in a dispatch only like so."""
-
-    @functools.wraps(rule)
-    def run(*args, **kwargs):
-        with enable_reentrant_dispatch(), torch.no_grad():
-            return rule(*args, **kwargs)
-
-    return run
 
 
 # ---- views, and other operations that move values --------------------------------------------------------------------
@@ -70,22 +58,22 @@ for _view_operation in (aten.view.default, aten._unsafe_view.default, aten._resh
 
 @_rule(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 def _view(operation, result, x, shape, *strides):
-    return Dual(result, x.tangents.reshape(len(x.tangents), *result.shape))
+    return Pair(result, x.tangents.reshape(len(x.tangents), *result.shape))
 
 
 @_rule(aten.expand.default)
 def _expand(operation, result, x, shape, *, implicit=False):
-    return Dual(result, _aligned(x.tangents, result.dim()).expand(-1, *result.shape))
+    return Pair(result, _aligned(x.tangents, result.dim()).expand(-1, *result.shape))
 
 
 @_rule(aten.permute.default)
 def _permute(operation, result, x, dims):
-    return Dual(result, x.tangents.permute(0, *(dim % x.dim() + 1 for dim in dims)))
+    return Pair(result, x.tangents.permute(0, *(dim % x.dim() + 1 for dim in dims)))
 
 
 @_rule(aten.t.default)
 def _transpose_matrix(operation, result, x):
-    return Dual(result, x.tangents if x.dim() < 2 else x.tangents.transpose(1, 2))
+    return Pair(result, x.tangents if x.dim() < 2 else x.tangents.transpose(1, 2))
 
 
 def _has_dimensions(x, *args, **options):
@@ -95,59 +83,59 @@ def _has_dimensions(x, *args, **options):
 
 @_rule(aten.transpose.int, serves=_has_dimensions)
 def _transpose(operation, result, x, first, second):
-    return Dual(result, x.tangents.transpose(_behind(first), _behind(second)))
+    return Pair(result, x.tangents.transpose(_behind(first), _behind(second)))
 
 
 @_rule(aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.squeeze.dim, serves=_has_dimensions)
 def _along_dimension(operation, result, x, dim=0, *rest):
-    return Dual(result, operation(x.tangents, _behind(dim), *rest))
+    return Pair(result, operation(x.tangents, _behind(dim), *rest))
 
 
 @_rule(aten.unbind.int)
 def _unbind(operation, results, x, dim=0):
-    return [Dual(*pair) for pair in zip(results, x.tangents.unbind(_behind(dim)), strict=True)]
+    return [Pair(*pair) for pair in zip(results, x.tangents.unbind(_behind(dim)), strict=True)]
 
 
 @_rule(aten.split.Tensor, aten.split_with_sizes.default)
 def _split(operation, results, x, sizes, dim=0):
-    return [Dual(*pair) for pair in zip(results, operation(x.tangents, sizes, _behind(dim)), strict=True)]
+    return [Pair(*pair) for pair in zip(results, operation(x.tangents, sizes, _behind(dim)), strict=True)]
 
 
 @_rule(aten.detach.default, aten.alias.default)
 def _alias(operation, result, x):
-    return Dual(result, x.tangents)
+    return Pair(result, x.tangents)
 
 
 @_rule(aten.clone.default)
 def _clone(operation, result, x, *, memory_format=None):
-    return Dual(result, x.tangents)  # which nobody changes in place
+    return Pair(result, x.tangents)  # which nobody changes in place
 
 
 @_rule(aten._to_copy.default)
 def _to_copy(operation, result, x, **options):
-    return dual(result, x.tangents.to(result.device, result.dtype) if result.is_floating_point() else None)
+    return pair(result, x.tangents.to(result.device, result.dtype) if result.is_floating_point() else None)
 
 
 @_rule(aten.select_backward.default, aten.slice_backward.default)
 def _embed(operation, result, x, shape, dim, *rest):
-    return Dual(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
+    return Pair(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
 
 
 @_rule(aten.cat.default, aten.stack.default, serves=lambda tensors, *dim: len({t.dim() for t in tensors}) == 1)
 def _join(operation, result, tensors, dim=0):
-    count = next(len(t.tangents) for t in tensors if isinstance(t, Dual))
+    count = next(len(t.tangents) for t in tensors if isinstance(t, Pair))
     tangents = [
-        t.tangents if isinstance(t, Dual) else t.new_zeros(1, *t.shape).expand(count, *t.shape) for t in tensors
+        t.tangents if isinstance(t, Pair) else t.new_zeros(1, *t.shape).expand(count, *t.shape) for t in tensors
     ]
-    return Dual(result, operation(tangents, _behind(dim)))
+    return Pair(result, operation(tangents, _behind(dim)))
 
 
 @_rule(aten.copy.default)
 def _copy(operation, result, x, source, non_blocking=False):
     source_t = parts(source)[1]
     if source_t is None:
-        return Dual(result, x.tangents.new_zeros(1, *result.shape).expand(len(x.tangents), *result.shape))
-    return Dual(result, _whole(_aligned(source_t, result.dim()), result).to(result.dtype))
+        return Pair(result, x.tangents.new_zeros(1, *result.shape).expand(len(x.tangents), *result.shape))
+    return Pair(result, _whole(_aligned(source_t, result.dim()), result).to(result.dtype))
 
 
 STATISTICS.update(
@@ -192,19 +180,19 @@ def _whole(tangents: Tensor, result: Tensor) -> Tensor:
 def _add(operation, result, a, b, *, alpha=1):
     _, _, a_t, b_t = _operands(a, b, result)
     if b_t is None:
-        return Dual(result, _whole(a_t, result))
+        return Pair(result, _whole(a_t, result))
     if a_t is not None:
-        return Dual(result, operation(a_t, b_t, alpha=alpha))
+        return Pair(result, operation(a_t, b_t, alpha=alpha))
     factor = alpha if operation is aten.add.Tensor else -alpha
-    return Dual(result, _whole(b_t if factor == 1 else factor * b_t, result))
+    return Pair(result, _whole(b_t if factor == 1 else factor * b_t, result))
 
 
 @_rule(aten.mul.Tensor, aten.mul.Scalar)
 def _multiply(operation, result, a, b):
     a, b, a_t, b_t = _operands(a, b, result)
     if a_t is None or b_t is None:
-        return Dual(result, _whole(a * b_t if a_t is None else a_t * b, result))
-    return Dual(result, torch.addcmul(a_t * b, b_t, a))
+        return Pair(result, _whole(a * b_t if a_t is None else a_t * b, result))
+    return Pair(result, torch.addcmul(a_t * b, b_t, a))
 
 
 @_rule(aten.div.Tensor, aten.div.Scalar)
@@ -214,40 +202,38 @@ def _divide(operation, result, a, b):
     if b_t is not None:
         change = b_t * (-result / b)
         total = change if total is None else total + change
-    return Dual(result, _whole(total, result))
+    return Pair(result, _whole(total, result))
 
 
 @_rule(aten.neg.default)
 def _negate(operation, result, x):
-    return Dual(result, -x.tangents)
+    return Pair(result, -x.tangents)
 
 
 @_rule(aten.relu.default)
 def _relu(operation, result, x):
-    return Dual(result, aten.threshold_backward(x.tangents, result.expand_as(x.tangents), 0))
+    return Pair(result, aten.threshold_backward(x.tangents, result.expand_as(x.tangents), 0))
 
 
 @_rule(aten.threshold_backward.default)
 def _threshold_backward(operation, result, grad, x, threshold):
     grad_t, x = parts(grad)[1], parts(x)[0]
-    return dual(result, None if grad_t is None else operation(grad_t, x.expand_as(grad_t), threshold))
+    return pair(result, None if grad_t is None else operation(grad_t, x.expand_as(grad_t), threshold))
 
 
 def _is_exact(*args, approximate="none"):
     return approximate == "none"
 
 
-@_rule(aten.gelu.default, serves=_is_exact)
-@_with_transforms
+@_rule(aten.gelu.default, serves=_is_exact, maps=True)
 def _gelu(operation, result, x, *, approximate="none"):
-    return Dual(result, gelu_tangents(x.primal, x.tangents))
+    return Pair(result, gelu_tangents(x.primal, x.tangents))
 
 
-@_rule(aten.gelu_backward.default, serves=_is_exact)
-@_with_transforms
+@_rule(aten.gelu_backward.default, serves=_is_exact, maps=True)
 def _gelu_backward(operation, result, grad, x, *, approximate="none"):
     (grad, grad_t), (x, x_t) = parts(grad), parts(x)
-    return Dual(result, gelu_backward_tangents(grad, x, grad_t, x_t))
+    return Pair(result, gelu_backward_tangents(grad, x, grad_t, x_t))
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------
@@ -255,13 +241,13 @@ def _gelu_backward(operation, result, grad, x, *, approximate="none"):
 
 @_rule(aten.sum.default, aten.mean.default)
 def _reduce_all(operation, result, x, *, dtype=None):
-    return Dual(result, operation.overloadpacket(x.tangents.flatten(1), [1], dtype=dtype))
+    return Pair(result, operation.overloadpacket(x.tangents.flatten(1), [1], dtype=dtype))
 
 
 @_rule(aten.sum.dim_IntList, aten.mean.dim, serves=_has_dimensions)
 def _reduce(operation, result, x, dims, keepdim=False, *, dtype=None):
     behind = [_behind(dim) for dim in dims] if dims else list(range(1, x.dim() + 1))
-    return Dual(result, operation(x.tangents, behind, keepdim, dtype=dtype))
+    return Pair(result, operation(x.tangents, behind, keepdim, dtype=dtype))
 
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
@@ -290,12 +276,12 @@ PRIMALS[aten.addmm.default] = _addmm_primal
 
 @_rule(aten.mm.default)
 def _mm(operation, result, a, b):
-    return Dual(result, _product_tangents(a, b))
+    return Pair(result, _product_tangents(a, b))
 
 
 @_rule(aten.addmm.default, serves=lambda *args, beta=1, alpha=1: beta == alpha == 1)
 def _addmm(operation, result, bias, a, b, *, beta=1, alpha=1):
-    return Dual(result, _product_tangents(a, b, _aligned(parts(bias)[1], 2)))
+    return Pair(result, _product_tangents(a, b, _aligned(parts(bias)[1], 2)))
 
 
 @_rule(aten.bmm.default)
@@ -308,7 +294,7 @@ def _bmm(operation, result, a, b):
             torch.bmm(a_t[k], b, out=out)
         if b_t is not None:
             out.baddbmm_(a, b_t[k], beta=0 if a_t is None else 1)
-    return Dual(result, tangents)
+    return Pair(result, tangents)
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -358,7 +344,7 @@ def _convolution(operation, result, x, weight, bias, *options):
     if bias_t is not None:
         channels = bias_t.reshape(count, 1, -1, *(1,) * (result.dim() - 2))
         total = _whole(channels, result) if total is None else total.add_(channels)
-    return Dual(result, total)
+    return Pair(result, total)
 
 
 @_rule(aten.convolution_backward.default)
@@ -393,7 +379,7 @@ def _convolution_backward(operation, results, grad, x, weight, bias_sizes, *opti
     if wanted[2] and grad_t is not None:
         bias_grad_t = grad_t.flatten(3).sum((1, 3)) if grad_t.dim() > 3 else grad_t.sum(1)
     tangents = (x_grad_t, weight_grad_t, bias_grad_t)
-    return tuple(None if r is None else dual(r, t) for r, t in zip(results, tangents, strict=True))
+    return tuple(None if r is None else pair(r, t) for r, t in zip(results, tangents, strict=True))
 
 
 def _unwritten(batch: int, x: Tensor) -> Tensor:
@@ -426,8 +412,7 @@ def _added(total: Tensor | None, each: Iterable[Tensor], count: int) -> Tensor:
 # ---- normalisations --------------------------------------------------------------------------------------------------
 
 
-@_rule(aten.native_layer_norm.default)
-@_with_transforms
+@_rule(aten.native_layer_norm.default, maps=True)
 def _layer_norm(operation, results, x, shape, weight, bias, eps):
     (x, x_t), (weight, weight_t), (_, bias_t) = parts(x), parts(weight), parts(bias)
     output, mean, inverse = results
@@ -436,11 +421,10 @@ def _layer_norm(operation, results, x, shape, weight, bias, eps):
         *(x.reshape(-1, size), mean.reshape(-1, 1), inverse.reshape(-1, 1), _reshaped(weight, size)),
         *(_reshaped(x_t, -1, x.numel() // size, size), _reshaped(weight_t, -1, size), _reshaped(bias_t, -1, size)),
     )
-    return Dual(output, tangents.view(-1, *x.shape)), mean, inverse
+    return Pair(output, tangents.view(-1, *x.shape)), mean, inverse
 
 
-@_rule(aten.native_layer_norm_backward.default)
-@_with_transforms
+@_rule(aten.native_layer_norm_backward.default, maps=True)
 def _layer_norm_backward(operation, results, grad, x, shape, mean, inverse, weight, bias, wanted):
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
     if grad_t is None and x_t is None and weight_t is None:  # the bias alone has tangents, and does not matter here
@@ -453,7 +437,7 @@ def _layer_norm_backward(operation, results, grad, x, shape, mean, inverse, weig
         *(_reshaped(grad_t, -1, rows, size), _reshaped(x_t, -1, rows, size), _reshaped(weight_t, -1, size)),
     )
     return tuple(
-        Dual(result, result_t.reshape(-1, *result.shape)) if is_wanted else None
+        Pair(result, result_t.reshape(-1, *result.shape)) if is_wanted else None
         for result, result_t, is_wanted in zip(results, tangents, wanted, strict=True)
     )
 
@@ -464,7 +448,7 @@ def _reshaped(x: Tensor | None, *shape: int) -> Tensor | None:
 
 def _is_affine(x, weight, bias, mean, variance, training, *rest):
     """Whether a batch normalisation uses statistics that are constants."""
-    return not training and isinstance(x, Dual) and not isinstance(mean, Dual) and not isinstance(variance, Dual)
+    return not training and isinstance(x, Pair) and not isinstance(mean, Pair) and not isinstance(variance, Pair)
 
 
 @_rule(aten.native_batch_norm.default, serves=_is_affine)
@@ -477,7 +461,7 @@ def _batch_norm(operation, results, x, weight, bias, mean, variance, training, m
         total.addcmul_(normal, _per_channel(weight_t, x))
     if bias_t is not None:
         total += _per_channel(bias_t, x)
-    return Dual(results[0], total), *results[1:]
+    return Pair(results[0], total), *results[1:]
 
 
 @_rule(
@@ -506,7 +490,7 @@ def _batch_norm_backward(operation, results, grad, x, weight, mean, variance, _m
         bias_grad_t = grad_t.sum(over)
     tangents = (x_grad_t, weight_grad_t, bias_grad_t)
     return tuple(
-        dual(result, result_t) if is_wanted else None
+        pair(result, result_t) if is_wanted else None
         for result, result_t, is_wanted in zip(results, tangents, wanted, strict=True)
     )
 
@@ -530,22 +514,20 @@ def _attention_rules(module, name: str, spec_of: Callable) -> None:
     specification of the options of a call."""
     for suffix, inputs in (("", 3), ("_qkvpacked", 1)):
 
-        @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}").default)
-        @_with_transforms
+        @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}").default, maps=True)
         def forward(operation, results, *arguments, inputs=inputs):
             primals, tangents = zip(*map(parts, arguments[: inputs + 1]), strict=True)
             spec = spec_of(*arguments[inputs + 1 : -1], _backend(primals[0]))
-            return Dual(results[0], *_compute(module.OUTPUT, spec, primals, tangents)), results[1]
+            return Pair(results[0], *_compute(module.OUTPUT, spec, primals, tangents)), results[1]
 
-        @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}_backward").default)
-        @_with_transforms
+        @_rule(getattr(torch.ops.vitfast, f"{name}{suffix}_backward").default, maps=True)
         def backward(operation, results, *arguments, inputs=inputs):
             primals, tangents = zip(*map(parts, arguments[: inputs + 2]), strict=True)
-            options = (x for x in arguments[inputs + 2 :] if not isinstance(x, Tensor))
+            options = (x for x in arguments[inputs + 2 :] if not isinstance(x, (Tensor, Pair)))
             spec = spec_of(*options, _backend(primals[0]))
             gradients = _compute(module.GRADIENTS, spec, primals, tangents)
             # Without a bias the operator returns an empty gradient of it.
-            return *map(Dual, results, gradients), *results[len(gradients) :]
+            return *map(Pair, results, gradients), *results[len(gradients) :]
 
 
 if _extension.available():
@@ -564,13 +546,14 @@ def _backend(x: Tensor) -> str:
 def _has_kernel(query: Any, key: Any, dropout_p: float, attn_mask: Any) -> bool:
     """Whether PyTorch's fused attention is one of vitfast's: no dropout, as many heads for keys as for queries, and a
     mask that is a constant and leaves every query a key: PyTorch returns 0 where it leaves none, vitfast NaN."""
-    if not _extension.available() or dropout_p > 0 or isinstance(attn_mask, Dual) or query.shape[1] != key.shape[1]:
+    if not _extension.available() or dropout_p > 0 or isinstance(attn_mask, Pair) or query.shape[1] != key.shape[1]:
         return False
     return attn_mask is None or not (attn_mask == -torch.inf).all(-1).any()
 
 
 def _fused_attention(query: Any, key: Any, is_causal: bool, attn_mask: Tensor | None, scale: float | None):
     """The specification, and the mask as a bias."""
+    query, key = parts(query)[0], parts(key)[0]
     spec = attention.Spec(query.shape[-1] ** -0.5 if scale is None else scale, _backend(query))
     wide = torch.promote_types(query.dtype, torch.float32)
     bias = None if attn_mask is None else attn_mask.to(wide)
@@ -586,26 +569,24 @@ def _serves_forward(query, key, value, dropout_p=0.0, is_causal=False, *, attn_m
     return _has_kernel(query, key, dropout_p, attn_mask)
 
 
-@_rule(aten._scaled_dot_product_flash_attention_for_cpu.default, serves=_serves_forward)
-@_with_transforms
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu.default, serves=_serves_forward, maps=True)
 def _scaled_dot_product(
     operation, results, query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None
 ):
     spec, bias = _fused_attention(query, key, is_causal, attn_mask, scale)
     primals, tangents = zip(*map(parts, (query, key, value, bias)), strict=True)
-    return Dual(results[0], *_compute(attention.OUTPUT, spec, primals, tangents)), results[1]
+    return Pair(results[0], *_compute(attention.OUTPUT, spec, primals, tangents)), results[1]
 
 
 def _serves_backward(grad, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
     return _has_kernel(query, key, dropout_p, attn_mask)
 
 
-@_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, serves=_serves_backward)
-@_with_transforms
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, serves=_serves_backward, maps=True)
 def _scaled_dot_product_backward(operation, results, grad, query, key, value, *rest, attn_mask=None, scale=None):
     spec, bias = _fused_attention(query, key, rest[-1], attn_mask, scale)
     primals, tangents = zip(*map(parts, (grad, query, key, value, bias)), strict=True)
-    return tuple(map(Dual, results, _compute(attention.GRADIENTS, spec, primals, tangents)))
+    return tuple(map(Pair, results, _compute(attention.GRADIENTS, spec, primals, tangents)))
 
 
 # ---- what PyTorch cannot differentiate in forward mode ---------------------------------------------------------------

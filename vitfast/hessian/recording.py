@@ -1,0 +1,153 @@
+"""Operations on tangents, recorded as they run, and run again for other tangents without the function they came from.
+
+A gradient with tangents is linear in these. What the function does around them, its Python, autograd and all primal
+values, is the same in every run: a recording leaves it out, and of the operations those that no result depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pair", "Recording", "mapped", "pair", "pairs_in", "parts"]
+
+
+class Pair:
+    """A tensor and K tangents of it, (K, *shape), as rules take and return them."""
+
+    __slots__ = ("primal", "tangents")
+
+    def __init__(self, primal: Tensor, tangents: Tensor | None):
+        self.primal, self.tangents = primal, tangents
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the primal."""
+        return self.primal.shape
+
+    def dim(self) -> int:
+        """Of the primal."""
+        return self.primal.dim()
+
+
+def pair(primal: Tensor, tangents: Tensor | None) -> Pair | Tensor:
+    """A tensor with these tangents; a plain one if there are none."""
+    return primal if tangents is None else Pair(primal, tangents)
+
+
+def parts(x: Any) -> tuple[Any, Tensor | None]:
+    """The primal of a tensor, and its tangents if it has some."""
+    return (x.primal, x.tangents) if isinstance(x, Pair) else (x, None)
+
+
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """function of whatever is no list or tuple, in lists and tuples like those of x."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([mapped(function, item) for item in x])
+    return function(x)
+
+
+def leaves_of(x: Any) -> Iterator[Any]:
+    """Whatever is no list or tuple, in order."""
+    if isinstance(x, (list, tuple)):
+        for item in x:
+            yield from leaves_of(item)
+    else:
+        yield x
+
+
+def pairs_in(x: Any) -> Iterator[Pair]:
+    """In lists and tuples, in order."""
+    return (leaf for leaf in leaves_of(x) if isinstance(leaf, Pair))
+
+
+@dataclass(slots=True)
+class _Step:
+    """One operation: function(*args, **options), whose results have tangents for the pairs of ``results``."""
+
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    options: dict[str, Any]
+    results: list[Pair]
+    done: list[Pair] = field(default_factory=list)
+    """Whose tangents nobody needs after it."""
+
+    def operands(self) -> Iterator[Any]:
+        """All tensors, pairs and numbers that it reads."""
+        yield from leaves_of(self.args)
+        yield from leaves_of(tuple(self.options.values()))
+
+
+class Recording:
+    """Of one run. Its pairs hold tangents only while they are needed, and primals for as long as it lives."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the run."""
+        self._steps: list[_Step] = []
+        self._inputs: list[Pair] = []
+        self._results: list[Pair | None] | None = None
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def __len__(self) -> int:
+        """The operations that are run again."""
+        return len(self._steps)
+
+    # ---- while it runs ----
+
+    def input(self, primal: Tensor) -> Pair:
+        """The place of the tangents that are given for a tensor."""
+        self._inputs.append(Pair(primal, None))
+        return self._inputs[-1]
+
+    def add(self, function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any], results: list[Pair]):
+        """What has run. The tensors among its arguments must not change from now on."""
+        step = _Step(function, args, options, results)
+        self._steps.append(step)
+        for operand in step.operands():
+            tensor = operand.primal if isinstance(operand, Pair) else operand
+            if isinstance(tensor, Tensor):
+                self._versions.append((tensor, tensor._version))
+
+    def end(self, results: list[Pair | None]) -> None:
+        """Keeps what leads to these results."""
+        needed = {id(result) for result in results}
+        steps = []
+        for step in reversed(self._steps):
+            if needed.isdisjoint(map(id, step.results)):
+                continue
+            for place in (*step.results, *pairs_in(tuple(step.operands()))):
+                if id(place) not in needed:
+                    needed.add(id(place))
+                    step.done.append(place)
+            steps.append(step)
+        self._steps, self._results = steps[::-1], results
+
+    # ---- again ----
+
+    def is_current(self) -> bool:
+        """Whether a run is complete, and its tensors have not been changed in place since, as far as PyTorch knows."""
+        return self._results is not None and all(tensor._version == version for tensor, version in self._versions)
+
+    @torch.no_grad()
+    def replay(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """The tangents of the results for other tangents of the inputs."""
+        try:
+            for place, given in zip(self._inputs, tangents, strict=True):
+                place.tangents = given
+            for step in self._steps:
+                results = step.function(*step.args, **step.options)
+                for place, result in zip(step.results, pairs_in(results), strict=True):
+                    place.tangents = result.tangents.to(place.primal.dtype)
+                for place in step.done:
+                    place.tangents = None
+            return [None if place is None else place.tangents for place in self._results]
+        finally:
+            for place in (*self._inputs, *(result for step in self._steps for result in step.results)):
+                place.tangents = None
