@@ -74,6 +74,14 @@ def moved(x, weight):
     return joined.transpose(1, 2)[:, 1:, ::2].permute(0, 2, 1) * joined[:, -2:, :7].select(1, 0).unsqueeze(1)
 
 
+def windows(x, weight):
+    return (x * weight).flip(1, -1).unfold(-1, 3, 2).unfold(1, 4, 1).flip(0)
+
+
+def distributions(x, weight):
+    return F.log_softmax(x, 1) * F.log_softmax(x * weight, -1).detach() + F.log_softmax(x * weight, -1)
+
+
 def broadcast(x, weight):
     return (x - weight) / (1 + weight * weight) + x.mean((1, 2), keepdim=True) * x.sum(1, keepdim=True) - 3 * x.mean()
 
@@ -127,6 +135,8 @@ LAYERS = {
     "linear": lambda: Layers(nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 8)),
     "in place": lambda: Layers(Function(in_place)),
     "moved": lambda: Layers(Function(moved)),
+    "windows": lambda: Layers(Function(windows)),
+    "log softmax": lambda: Layers(Function(distributions)),
     "broadcast": lambda: Layers(Function(broadcast)),
     "attended": lambda: Layers(Function(attended)),
     "attended without a mask": lambda: Layers(Function(causal)),
@@ -248,6 +258,31 @@ def test_other_dtypes(name, dtype, tolerance):
     for name, value in result.items():
         assert value.dtype == dtype
         assert (value.double() - exact[name]).norm() <= tolerance * size
+
+
+LOSSES = {
+    "cross-entropy": F.cross_entropy,
+    "sum": lambda x, y: F.cross_entropy(x, y, reduction="sum"),
+    "smooth and weighted": lambda x, y: F.cross_entropy(x, y, torch.tensor([0.5, 1, 2]).to(x), label_smoothing=0.1),
+    "weighted samples": lambda x, y: F.cross_entropy(x, y, reduction="none") @ torch.linspace(-1, 2, 4).to(x),
+    "squared": lambda x, y: F.nll_loss(F.log_softmax(x, 1), y, ignore_index=1) ** 2,
+    "classes first": lambda x, y: F.nll_loss(x.T.log_softmax(0).T.sin(), y),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    y, vectors = torch.tensor([0, 2, 1, 2]), torch.randn(3, 4, 3, dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def fn(p):
+        return LOSSES[name](p["x"], y)
+
+    params, vectors = {"x": x}, {"x": vectors}
+    recording = Recording()
+    expected = by_transforms(fn, params, vectors)
+    for _ in range(2):
+        assert_close(gradient_tangents(fn, params, vectors, recording), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_parameters_that_do_not_matter_have_zeros():

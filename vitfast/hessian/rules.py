@@ -116,6 +116,21 @@ def _to_copy(operation, result, x, **options):
     return pair(result, x.tangents.to(result.device, result.dtype) if result.is_floating_point() else None)
 
 
+@_rule(aten.flip.default, serves=_has_dimensions)
+def _flip(operation, result, x, dims):
+    return Pair(result, x.tangents.flip([_behind(dim) for dim in dims]))
+
+
+@_rule(aten.unfold.default, serves=_has_dimensions)
+def _unfold(operation, result, x, dim, size, step):
+    return Pair(result, x.tangents.unfold(_behind(dim), size, step))
+
+
+@_rule(aten.unfold_backward.default, serves=lambda grad, shape, *rest: len(shape) > 0)
+def _unfold_backward(operation, result, grad, shape, dim, size, step):
+    return Pair(result, operation(grad.tangents, [len(grad.tangents), *shape], _behind(dim), size, step))
+
+
 @_rule(aten.select_backward.default, aten.slice_backward.default)
 def _embed(operation, result, x, shape, dim, *rest):
     return Pair(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
@@ -248,6 +263,42 @@ def _reduce_all(operation, result, x, *, dtype=None):
 def _reduce(operation, result, x, dims, keepdim=False, *, dtype=None):
     behind = [_behind(dim) for dim in dims] if dims else list(range(1, x.dim() + 1))
     return Pair(result, operation(x.tangents, behind, keepdim, dtype=dtype))
+
+
+# ---- softmax cross-entropy ------------------------------------------------------------------------------------------
+
+
+@_rule(aten._log_softmax.default, serves=_has_dimensions)
+def _log_softmax(operation, result, x, dim, half_to_float):
+    mean = (result.exp() * x.tangents).sum(_behind(dim), keepdim=True)
+    return Pair(result, x.tangents - mean)
+
+
+@_rule(
+    aten._log_softmax_backward_data.default,
+    serves=lambda grad, output, dim, dtype: isinstance(output, Pair) and output.dim() > 0,
+)
+def _log_softmax_backward(operation, result, grad, output, dim, dtype):
+    (grad, grad_t), (output, output_t) = parts(grad), parts(output)
+    probability = output.exp()
+    total = -probability * grad.sum(dim, keepdim=True) * output_t
+    if grad_t is not None:
+        total += grad_t - probability * grad_t.sum(_behind(dim), keepdim=True)
+    return Pair(result, total.to(result.dtype))
+
+
+# Both are linear in what has tangents; what they add up depends on the targets alone.
+
+
+@_rule(aten.nll_loss_forward.default, serves=lambda x, *rest: isinstance(x, Pair))
+def _nll_loss(operation, results, x, *target):
+    return Pair(results[0], torch.stack([operation(x_t, *target)[0] for x_t in x.tangents])), results[1]
+
+
+@_rule(aten.nll_loss_backward.default)
+def _nll_loss_backward(operation, result, grad, x, *target):
+    (_, grad_t), x = parts(grad), parts(x)[0]
+    return pair(result, None if grad_t is None else torch.stack([operation(each, x, *target) for each in grad_t]))
 
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
