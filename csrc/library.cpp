@@ -39,12 +39,15 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_backward(Tensor x, Tensor(a!) out, Tensor(b!) grad) -> ()");
   m.def("gelu_tangents(Tensor x, Tensor? grad, Tensor? x_t, Tensor? grad_t, Tensor(a!) result) -> ()");
-  m.def(
-      "layer_norm_tangents(Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? grad, Tensor? x_t, Tensor? "
-      "weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? x_grad_t, Tensor(c!)? "
-      "weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
   // a b + a2 b2 + start, of matrices or of K of them; either product and start may be missing.
   m.def("matrix_sum(Tensor? a, Tensor? b, Tensor? a2, Tensor? b2, Tensor? start, Tensor(a!) out) -> ()");
+  // Of layer normalisation and, with statistics of channels that are constants, of batch normalisation: `count` at
+  // once.
+  m.def(
+      "normalization_tangents(Tensor x, Tensor mean, Tensor inverse, bool per_channel, Tensor? weight, Tensor? grad, "
+      "Tensor? x_t, Tensor? "
+      "weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? x_grad_t, Tensor(c!)? "
+      "weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
   // Of a linear layer: weight = grad^T x and bias = the sum of grad's rows, or these added to them.
   m.def("weight_gradient(Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!)? bias, bool add) -> ()");
   m.def(
@@ -80,8 +83,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("gelu", TORCH_BOX(&vitfast::gelu_cpu));
   m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
   m.impl("gelu_tangents", TORCH_BOX(&vitfast::gelu_tangents_cpu));
-  m.impl("layer_norm_tangents", TORCH_BOX(&vitfast::layer_norm_tangents_cpu));
   m.impl("matrix_sum", TORCH_BOX(&vitfast::matrix_sum_cpu));
+  m.impl("normalization_tangents", TORCH_BOX(&vitfast::normalization_tangents_cpu));
   m.impl("weight_gradient", TORCH_BOX(&vitfast::weight_gradient_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));

@@ -55,14 +55,14 @@ void gelu_backward_cpu(Tensor x, Tensor out, Tensor grad);
 void gelu_tangents_cpu(Tensor x, std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> grad_t,
                        Tensor result);
 
-void layer_norm_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, std::optional<Tensor> weight,
-                             std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
-                             std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
-                             std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
-                             std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t);
-
 void matrix_sum_cpu(std::optional<Tensor> a, std::optional<Tensor> b, std::optional<Tensor> a2,
                     std::optional<Tensor> b2, std::optional<Tensor> start, Tensor out);
+
+void normalization_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, bool per_channel, std::optional<Tensor> weight,
+                                std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
+                                std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
+                                std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
+                                std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t);
 
 void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, bool add);
 

@@ -9,18 +9,16 @@
 // x^, h and u are computed once for all tangents of a row.
 #pragma once
 
-#include "cpu/layer_norm.h"
-#include "cpu/matrix.h"
+#include "cpu/normalization_row.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
 template <class T>
-class LayerNormRow {
+class LayerNormRow : NormalizationRow<T> {
  public:
-  LayerNormRow(const LayerNormTangents& call, Arena arena)
-      : call_(call),
-        channels_(call.channels),
+  LayerNormRow(const NormalizationTangents& call, Arena arena)
+      : NormalizationRow<T>(call),
         normal_(arena.take<T>(round_up(channels_, kLanes<T>))),
         weighted_(arena.take<T>(round_up(channels_, kLanes<T>))),
         residual_(arena.take<T>(round_up(channels_, kLanes<T>))),
@@ -48,26 +46,14 @@ class LayerNormRow {
   }
 
  private:
-  // Calls f(first channel, channels left) for every vector of a row.
-  template <class F>
-  void for_each(F f) const {
-    for (int64_t c = 0; c < channels_; c += kLanes<T>) f(c, channels_ - c);
-  }
+  using NormalizationRow<T>::call_, NormalizationRow<T>::channels_;
+  using NormalizationRow<T>::for_each, NormalizationRow<T>::at, NormalizationRow<T>::add, NormalizationRow<T>::weight;
+
   template <class F>
   T mean(F f) const {
     Vec<T> sum{};
     for_each([&](int64_t c, int64_t n) { sum += f(c, n); });
     return sum_of_lanes<T>(sum) / static_cast<T>(channels_);
-  }
-  static void add(T* sums, int64_t c, int64_t n, Vec<T> x) { store_up_to(sums + c, load_up_to(sums + c, n) + x, n); }
-
-  const T* at(const void* tensor, int64_t row) const { return static_cast<const T*>(tensor) + row * channels_; }
-  const T* at(const void* tensor, int64_t k, int64_t row) const { return at(tensor, k * call_.rows + row); }
-  T* at(void* tensor, int64_t k, int64_t row) const {
-    return static_cast<T*>(tensor) + (k * call_.rows + row) * channels_;
-  }
-  Vec<T> weight(int64_t c, int64_t n) const {
-    return call_.weight == nullptr ? broadcast(T{1}) : load_up_to(static_cast<const T*>(call_.weight) + c, n);
   }
 
   // Scratch is read in whole vectors: what is behind the last channel is 0 there.
@@ -143,8 +129,6 @@ class LayerNormRow {
     });
   }
 
-  const LayerNormTangents& call_;
-  int64_t channels_;
   T *normal_, *weighted_, *residual_;  // x^, h and u
   T *normal_t_, *weighted_t_;          // x^. and h.
   T inverse_ = 0, slope_ = 0;          // r and m(h x^)
@@ -152,30 +136,6 @@ class LayerNormRow {
   int64_t bytes_;
 };
 
-template <class T>
-void layer_norm_tangents_of(const LayerNormTangents& call) {
-  const int64_t bytes = LayerNormRow<T>(call, Arena()).bytes(), sums = call.count * call.channels;
-  parallel_for(call.splits, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(bytes);
-    LayerNormRow<T> differentiate(call, Arena(scratch.data()));
-    for (int64_t split = begin; split < end; ++split) {
-      const auto sums_of = [&](void* all) { return all == nullptr ? nullptr : static_cast<T*>(all) + split * sums; };
-      T *weight_sums = sums_of(call.weight_grad_t), *bias_sums = sums_of(call.bias_grad_t);
-      for (T* zero : {weight_sums, bias_sums}) {
-        if (zero != nullptr) std::fill_n(zero, sums, T{0});
-      }
-      const int64_t first = call.rows * split / call.splits, last = call.rows * (split + 1) / call.splits;
-      for (int64_t row = first; row < last; ++row) differentiate(row, weight_sums, bias_sums);
-    }
-  });
-}
-
-void layer_norm_tangents(const LayerNormTangents& call) {
-  call.is_double ? layer_norm_tangents_of<double>(call) : layer_norm_tangents_of<float>(call);
-}
-
 }  // namespace
-
-extern const LayerNormKernel layer_norm_tangents_kernel = layer_norm_tangents;
 
 }  // namespace vitfast::cpu::VITFAST_ISA

@@ -1,4 +1,4 @@
-"""The kernels for tangents of layer normalisation and GELU, against the formulas of `vitfast.reference`."""
+"""The kernels for tangents of normalisations and GELU, against the formulas of `vitfast.reference`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from helpers import assert_close_to_reference
 from vitfast import reference
 from vitfast.ops.layers import (
     Products,
+    batch_norm_backward_tangents,
+    batch_norm_tangents,
     gelu_backward_tangents,
     gelu_tangents,
     layer_norm_backward_tangents,
@@ -98,6 +100,70 @@ def test_reference_of_layer_norm_is_its_derivative():
     torch.testing.assert_close(found, expected)
 
 
+def batch_norm_case(shape, dtype, last=True, weighted=True):
+    """Maps whose channels come last in memory, or not, and their tangents."""
+
+    def laid_out(maps):
+        return maps.movedim(-3, -1).contiguous().movedim(-1, -3) if last and len(shape) == 4 else maps
+
+    channels = shape[1]
+    x, grad, x_t, grad_t, mean, inverse, weight, weight_t, bias_t = tensors(
+        *(shape, shape, (K, *shape), (K, *shape), (channels,), (channels,), (channels,), (K, channels), (K, channels)),
+        dtype=dtype,
+    )
+    x, grad, x_t, grad_t = map(laid_out, (x, grad, x_t, grad_t))
+    primals = (x, mean, inverse.abs() + 0.1, weight if weighted else None)
+    return primals, grad, grad_t, x_t, weight_t if weighted else None, bias_t if weighted else None
+
+
+@dtypes
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(2, c, 5, 7) for c in (1, 3, 8, 15, 16, 17, 48, 100)] + [(70, 20), (3, 5, 6)], ids=str
+)
+def test_batch_norm(shape, last, dtype, instruction_set):
+    primals, grad, grad_t, x_t, weight_t, bias_t = batch_norm_case(shape, dtype, last)
+    output = (x_t, weight_t, bias_t)
+    check(batch_norm_tangents(*primals, *output), reference.batch_norm_tangent, output, primals)
+    gradients = (grad_t, x_t, weight_t)
+    results = batch_norm_backward_tangents(grad, *primals, *gradients)
+    check(results, reference.batch_norm_backward_tangent, gradients, (grad, *primals))
+    assert results[0].shape == x_t.shape
+    if last and shape[2:] == (5, 7):
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in results[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("absent", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_absent_tangents_of_batch_norm(absent, weighted):
+    primals, grad, grad_t, x_t, weight_t, bias_t = batch_norm_case((2, 20, 3, 3), torch.float64, weighted=weighted)
+    output = [None if i in absent else t for i, t in enumerate((x_t, weight_t, bias_t))]
+    if any(t is not None for t in output):
+        check(batch_norm_tangents(*primals, *output), reference.batch_norm_tangent, output, primals)
+    gradients = [None if i in absent else t for i, t in enumerate((grad_t, x_t, weight_t))]
+    if any(t is not None for t in gradients):
+        results = batch_norm_backward_tangents(grad, *primals, *gradients)
+        check(results, reference.batch_norm_backward_tangent, gradients, (grad, *primals))
+
+
+def test_reference_of_batch_norm_is_its_derivative():
+    (x, mean, inverse, weight), grad, grad_t, x_t, weight_t, bias_t = batch_norm_case((2, 9, 3, 4), torch.float64)
+
+    def output(x, weight, bias):
+        return torch.nn.functional.batch_norm(x, mean, inverse**-2, weight, bias, eps=0.0)
+
+    def gradients(grad, x, weight):
+        return torch.func.vjp(output, x, weight, torch.zeros_like(weight))[1](grad)
+
+    bias = torch.zeros_like(weight)
+    expected = torch.func.jvp(output, (x, weight, bias), (x_t[0], weight_t[0], bias_t[0]))[1]
+    found = reference.batch_norm_tangent(x, mean, inverse, weight, x_t[0], weight_t[0], bias_t[0])
+    torch.testing.assert_close(found, expected)
+    expected = torch.func.jvp(gradients, (grad, x, weight), (grad_t[0], x_t[0], weight_t[0]))[1]
+    found = reference.batch_norm_backward_tangent(grad, x, mean, inverse, weight, grad_t[0], x_t[0], weight_t[0])
+    torch.testing.assert_close(found, expected)
+
+
 @dtypes
 @pytest.mark.parametrize("size", [1, 5, 16, 33, 1024, 1025, 5000])
 def test_gelu(size, dtype, instruction_set):
@@ -121,15 +187,21 @@ def test_reference_of_gelu_is_its_derivative():
     torch.testing.assert_close(reference.gelu_backward_tangent(grad, x, grad_t, x_t), expected)
 
 
-def test_same_bits_with_any_number_of_threads(threads):
-    primals, grad, grad_t, x_t, weight_t, _ = layer_norm_case(48, torch.float32)
+@pytest.mark.parametrize(
+    ("compute", "case"),
+    [
+        (layer_norm_backward_tangents, layer_norm_case(48, torch.float32)),
+        (batch_norm_backward_tangents, batch_norm_case((2, 48, 9, 8), torch.float32)),
+    ],
+    ids=["layer norm", "batch norm"],
+)
+def test_same_bits_with_any_number_of_threads(compute, case, threads):
+    primals, grad, grad_t, x_t, weight_t, _ = case
     threads(1)
-    first = layer_norm_backward_tangents(grad, *primals, grad_t, x_t, weight_t)
+    first = compute(grad, *primals, grad_t, x_t, weight_t)
     for count in (2, 3):
         threads(count)
-        for result, before in zip(
-            layer_norm_backward_tangents(grad, *primals, grad_t, x_t, weight_t), first, strict=True
-        ):
+        for result, before in zip(compute(grad, *primals, grad_t, x_t, weight_t), first, strict=True):
             assert torch.equal(result, before)
 
 

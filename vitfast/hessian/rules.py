@@ -20,6 +20,8 @@ from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
     Products,
+    batch_norm_backward_tangents,
+    batch_norm_tangents,
     gelu_backward_tangents,
     gelu_tangents,
     layer_norm_backward_tangents,
@@ -359,7 +361,7 @@ def _convolution_primal(x, weight, bias, *options):
     if not _has_kernels(x, weight, *options):
         return aten.convolution.default(x, weight, bias, *options)
     result = convolution.output_tangents(x, weight, x[None], None, options[1][0])[0]
-    return result if bias is None else result.add_(_per_channel(bias, x))
+    return result if bias is None else result.add_(bias.reshape(-1, *(1,) * (x.dim() - 2)))
 
 
 def _convolution_backward_primal(grad, x, weight, bias_sizes, *options):
@@ -502,54 +504,26 @@ def _is_affine(x, weight, bias, mean, variance, training, *rest):
     return not training and isinstance(x, Pair) and not isinstance(mean, Pair) and not isinstance(variance, Pair)
 
 
-@_rule(aten.native_batch_norm.default, serves=_is_affine)
+@_rule(aten.native_batch_norm.default, serves=_is_affine, maps=True)
 def _batch_norm(operation, results, x, weight, bias, mean, variance, training, momentum, eps):
     (x, x_t), (weight, weight_t), bias_t = parts(x), parts(weight), parts(bias)[1]
     inverse = (variance + eps).rsqrt()
-    total = x_t * _per_channel(inverse if weight is None else inverse * weight, x)
-    if weight_t is not None:
-        normal = (x - _per_channel(mean, x)) * _per_channel(inverse, x)
-        total.addcmul_(normal, _per_channel(weight_t, x))
-    if bias_t is not None:
-        total += _per_channel(bias_t, x)
-    return Pair(results[0], total), *results[1:]
+    return Pair(results[0], batch_norm_tangents(x, mean, inverse, weight, x_t, weight_t, bias_t)), *results[1:]
 
 
 @_rule(
     aten.native_batch_norm_backward.default,
     serves=lambda grad, x, weight, mean, variance, save_mean, save_inverse, training, *rest: not training,
+    maps=True,
 )
 def _batch_norm_backward(operation, results, grad, x, weight, mean, variance, _mean, _inverse, training, eps, wanted):
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
     inverse = (variance + eps).rsqrt()
-    x_grad_t = weight_grad_t = bias_grad_t = None
-    over = [1, *range(3, x.dim() + 1)]  # all dimensions but K and the channels
-    if wanted[0]:
-        if grad_t is not None:
-            x_grad_t = grad_t * _per_channel(inverse if weight is None else inverse * weight, x)
-        if weight_t is not None:
-            change = _per_channel(weight_t * inverse, x)
-            x_grad_t = grad * change if x_grad_t is None else x_grad_t.addcmul_(grad, change)
-    if wanted[1]:
-        normal = (x - _per_channel(mean, x)) * _per_channel(inverse, x)
-        if grad_t is not None:
-            weight_grad_t = (grad_t * normal).sum(over)
-        if x_t is not None:
-            change = (x_t * grad).sum(over) * inverse
-            weight_grad_t = change if weight_grad_t is None else weight_grad_t + change
-    if wanted[2] and grad_t is not None:
-        bias_grad_t = grad_t.sum(over)
-    tangents = (x_grad_t, weight_grad_t, bias_grad_t)
+    tangents = batch_norm_backward_tangents(grad, x, mean, inverse, weight, grad_t, x_t, weight_t)
     return tuple(
-        pair(result, result_t) if is_wanted else None
+        Pair(result, result_t) if is_wanted else None
         for result, result_t, is_wanted in zip(results, tangents, wanted, strict=True)
     )
-
-
-def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """(channels) or (K, channels) as what is multiplied with x (batch, channels, ...), maybe with K in front."""
-    shape = (-1, *(1,) * (x.dim() - 2))
-    return vector.reshape(shape) if vector.dim() == 1 else vector.reshape(len(vector), 1, *shape)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tangents of matrix products, layer normalisation and GELU, K at a time: what `vitfast.hessian` computes with.
+"""Tangents of matrix products, normalisations and GELU, K at a time: what `vitfast.hessian` computes with.
 
 PyTorch differentiates each of these twice in a dozen passes over memory that hold K tangents each. Here they are one
 pass of a kernel, or the matrix products alone, which add to what is there.
@@ -133,9 +133,7 @@ def layer_norm_tangents(
         return mapped(lambda *t: reference.layer_norm_tangent(*primals, *t), tangents).to(x.dtype)
     count = count_of(tangents)
     output_t = x.new_empty(count, *x.shape)
-    torch.ops.vitfast.layer_norm_tangents(
-        *map(_dense, (*primals, None, *tangents, None)), count, output_t, None, None, None
-    )
+    _normalization_tangents(primals, (None, *tangents, None), False, count, output_t, None, None, None)
     return output_t
 
 
@@ -157,14 +155,88 @@ def layer_norm_backward_tangents(
     count = count_of(tangents)
     x_grad_t = x.new_empty(count, *x.shape)
     weight_grad_t, bias_grad_t = (x.new_empty(count, x.shape[1]) for _ in range(2))
-    torch.ops.vitfast.layer_norm_tangents(
-        *map(_dense, (*primals, grad, x_t, weight_t, None, grad_t)), count, None, x_grad_t, weight_grad_t, bias_grad_t
+    results = (x_grad_t, weight_grad_t, bias_grad_t)
+    _normalization_tangents(primals, (grad, x_t, weight_t, None, grad_t), False, count, None, *results)
+    return results
+
+
+def _normalization_tangents(primals, others, per_channel: bool, count: int, *results: Tensor | None) -> None:
+    """Writes results of (x, mean, inverse, weight) and (grad, x_t, weight_t, bias_t, grad_t)."""
+    x, mean, inverse, weight = map(_dense, primals)
+    torch.ops.vitfast.normalization_tangents(
+        x, mean, inverse, per_channel, weight, *map(_dense, others), count, *results
     )
-    return x_grad_t, weight_grad_t, bias_grad_t
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+# ---- batch normalisation with constant statistics --------------------------------------------------------------------
+
+
+def batch_norm_tangents(
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+) -> Tensor:
+    """Of the output, (K, batch, channels, ...) for x (batch, channels, ...) and the statistics of channels."""
+    primals, tangents = (x, mean, inverse, weight), (x_t, weight_t, bias_t)
+    if not _has_pixels(x) or not _serves(*primals, *tangents):
+        return mapped(lambda *t: reference.batch_norm_tangent(*primals, *t), tangents).to(x.dtype)
+    pixels, count = _pixels(x, x), count_of(tangents)
+    output_t = x.new_empty(count, *pixels.shape)
+    others = (None, _pixels(x_t, x), weight_t, bias_t, None)
+    _normalization_tangents((pixels, *primals[1:]), others, True, count, output_t, None, None, None)
+    return _maps(output_t, x)
+
+
+def batch_norm_backward_tangents(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    grad_t: Tensor | None,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradients of x, of the weight and of the bias, whether there are such or not."""
+    primals, tangents = (x, mean, inverse, weight), (grad_t, x_t, weight_t)
+    if not _has_pixels(x) or not _serves(*primals, grad, *tangents):
+        results = mapped(lambda *t: reference.batch_norm_backward_tangent(grad, *primals, *t), tangents)
+        return tuple(result.to(x.dtype) for result in results)
+    pixels, count = _pixels(x, x), count_of(tangents)
+    x_grad_t = x.new_empty(count, *pixels.shape)
+    weight_grad_t, bias_grad_t = (x.new_empty(count, x.shape[1]) for _ in range(2))
+    others = (_pixels(grad, x), _pixels(x_t, x), weight_t, None, _pixels(grad_t, x))
+    results = (x_grad_t, weight_grad_t, bias_grad_t)
+    _normalization_tangents((pixels, *primals[1:]), others, True, count, None, *results)
+    return _maps(x_grad_t, x), weight_grad_t, bias_grad_t
+
+
+def _has_pixels(x: Tensor) -> bool:
+    """Whether the channels of a pixel lie side by side."""
+    return x.dim() > 1 and x.numel() > 0 and x.movedim(1, -1).is_contiguous()
+
+
+def _pixels(maps: Tensor | None, x: Tensor) -> Tensor | None:
+    """Maps in the shape of x, (batch, channels, ...), as (pixels, channels); if they have K in front, so has the
+    result."""
+    if maps is None:
+        return None
+    leading = maps.dim() - x.dim()
+    return maps.movedim(1 + leading, -1).reshape(*maps.shape[:leading], x.numel() // x.shape[1], x.shape[1])
+
+
+def _maps(pixels: Tensor, x: Tensor) -> Tensor:
+    """(K, pixels, channels) as K maps in the shape of x."""
+    batch, channels, *sizes = x.shape
+    return pixels.view(-1, batch, *sizes, channels).movedim(-1, 2)
 
 
 # ---- GELU ------------------------------------------------------------------------------------------------------------
@@ -227,5 +299,5 @@ def _serves(*tensors: Tensor | None) -> bool:
 
 
 if _extension.available():
-    for _name in ("gelu_tangents", "layer_norm_tangents"):  # they return nothing: results are written
+    for _name in ("gelu_tangents", "normalization_tangents"):  # they return nothing: results are written
         torch.library.register_fake(f"vitfast::{_name}", lambda *arguments: None)

@@ -11,6 +11,8 @@ from vitfast.reference.attention import (
 )
 from vitfast.reference.blur_pool import blur_pool2d, blur_pool2d_transposed
 from vitfast.reference.layers import (
+    batch_norm_backward_tangent,
+    batch_norm_tangent,
     gelu_backward_tangent,
     gelu_tangent,
     layer_norm_backward_tangent,
@@ -32,6 +34,8 @@ __all__ = [
     "attention_backward",
     "attention_backward_tangent",
     "attention_tangent",
+    "batch_norm_backward_tangent",
+    "batch_norm_tangent",
     "blur_pool2d",
     "blur_pool2d_transposed",
     "gelu_backward_tangent",

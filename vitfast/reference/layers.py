@@ -1,4 +1,4 @@
-"""Tangents of layer normalisation and GELU and of their gradients, in plain PyTorch.
+"""Tangents of normalisations and GELU and of their gradients, in plain PyTorch.
 
 A tangent of None is zero, and G is the gradient of the output. They are written out because PyTorch's own forward-mode
 formula of layer normalisation is not differentiable in reverse.
@@ -68,6 +68,50 @@ def layer_norm_backward_tangent(
         (grad_t * normal + grad * normal_t).flatten(0, -2).sum(0),
         grad_t.flatten(0, -2).sum(0),
     )
+
+
+def batch_norm_tangent(
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+) -> Tensor:
+    """Of x^ w + b over the second dimension, with x^ = (x - mean) r and constants ``mean`` and ``inverse``, r, of every
+    channel: x. r w + x^ w. + b. Without a weight, w is 1."""
+    mean, inverse, weight, weight_t, bias_t = (_of_channels(t, x) for t in (mean, inverse, weight, weight_t, bias_t))
+    result = None if x_t is None else x_t * (inverse if weight is None else inverse * weight)
+    result = add(result, None if weight_t is None else (x - mean) * inverse * weight_t)
+    result = add(result, bias_t)
+    return torch.zeros_like(x) if result is None else result.expand(x.shape)
+
+
+def batch_norm_backward_tangent(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    grad_t: Tensor | None,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradients dx = G w r, dw = sum of G x^ and db = sum of G."""
+    mean, inverse, weight, weight_t = (_of_channels(t, x) for t in (mean, inverse, weight, weight_t))
+    grad_t = torch.zeros_like(grad) if grad_t is None else grad_t
+    x_t = torch.zeros_like(x) if x_t is None else x_t
+    h_t = grad_t if weight is None else grad_t * weight
+    h_t = add(h_t, None if weight_t is None else grad * weight_t)
+    over = [dim for dim in range(x.dim()) if dim != 1]
+    weight_grad_t = (grad_t * (x - mean) + grad * x_t) * inverse
+    return h_t * inverse, weight_grad_t.sum(over), grad_t.sum(over)
+
+
+def _of_channels(vector: Tensor | None, x: Tensor) -> Tensor | None:
+    """(channels,) as what is multiplied with x, (batch, channels, ...)."""
+    return None if vector is None else vector.reshape(-1, *(1,) * (x.dim() - 2))
 
 
 def gelu_tangent(x: Tensor, x_t: Tensor) -> Tensor:

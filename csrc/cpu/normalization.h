@@ -1,5 +1,5 @@
-// Layer normalisation on the CPU: what the operator for its tangents (layer_norm.cpp) and the kernel
-// (layer_norm_kernel.h) share.
+// Layer normalisation, and batch normalisation whose statistics are constants, on the CPU: what the operator for their
+// tangents (normalization.cpp) and the kernels (layer_norm_kernel.h, batch_norm_kernel.h) share.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,12 @@ namespace vitfast::cpu {
 // Of `count` tangents at once, the tangents of the output and of the gradients. Tensors are contiguous, (rows,
 // channels) and (channels), tangents and results with `count` in front; null stands for zeros, or for a result that is
 // not wanted. Without weights they are 1.
-struct LayerNormTangents {
+struct NormalizationTangents {
   bool is_double;
   int64_t count, rows, channels;
-  const void *x, *mean, *inverse;  // with the statistics of every row: the mean and (variance + eps)^(-1/2)
+  // With the statistics of every row, or of every channel, where they are constants: the mean, (variance + eps)^(-1/2).
+  bool per_channel;
+  const void *x, *mean, *inverse;
   const void *weight, *grad;
   const void *x_t, *weight_t, *bias_t, *grad_t;
   void *out_t, *x_grad_t;
@@ -21,16 +23,16 @@ struct LayerNormTangents {
   int64_t splits;
 };
 
-using LayerNormKernel = void (*)(const LayerNormTangents&);
+using NormalizationKernel = void (*)(const NormalizationTangents&);
 
 namespace baseline {
-extern const LayerNormKernel layer_norm_tangents_kernel;
+extern const NormalizationKernel normalization_tangents_kernel;
 }
 namespace avx2 {
-extern const LayerNormKernel layer_norm_tangents_kernel;
+extern const NormalizationKernel normalization_tangents_kernel;
 }
 namespace avx512 {
-extern const LayerNormKernel layer_norm_tangents_kernel;
+extern const NormalizationKernel normalization_tangents_kernel;
 }
 
 }  // namespace vitfast::cpu

@@ -1,6 +1,6 @@
-// The operator for tangents of layer normalisation on the CPU. Arguments come from vitfast/ops/layers.py; what is
+// The operator for tangents of normalisations on the CPU. Arguments come from vitfast/ops/layers.py; what is
 // checked here only keeps a direct call within bounds.
-#include "cpu/layer_norm.h"
+#include "cpu/normalization.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,27 +15,27 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-cpu::LayerNormKernel kernel() {
-  return cpu::kernels_for(cpu::avx512::layer_norm_tangents_kernel, cpu::avx2::layer_norm_tangents_kernel,
-                          cpu::baseline::layer_norm_tangents_kernel);
+cpu::NormalizationKernel kernel() {
+  return cpu::kernels_for(cpu::avx512::normalization_tangents_kernel, cpu::avx2::normalization_tangents_kernel,
+                          cpu::baseline::normalization_tangents_kernel);
 }
 
-void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::layer_norm_tangents: ", what); }
+void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::normalization_tangents: ", what); }
 
 // Runs of rows: enough for every thread, and few beside the rows, as each has sums of its own.
 int64_t splits_of(int64_t rows) { return std::clamp<int64_t>(rows / 32, 1, 16); }
 
 }  // namespace
 
-void layer_norm_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, std::optional<Tensor> weight,
-                             std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
-                             std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
-                             std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
-                             std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t) {
+void normalization_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, bool per_channel, std::optional<Tensor> weight,
+                                std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
+                                std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
+                                std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
+                                std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t) {
   const ScalarType dtype = x.scalar_type();
   check(dtype == ScalarType::Float || dtype == ScalarType::Double, "takes float32 and float64");
   check(x.dim() == 2 && x.is_contiguous(), "x must be (rows, channels), contiguous");
-  const int64_t rows = x.size(0), channels = x.size(1);
+  const int64_t rows = x.size(0), channels = x.size(1), statistics = per_channel ? channels : rows;
   const auto data = [&](const std::optional<Tensor>& tensor, int64_t size) -> void* {
     if (!tensor.has_value()) return nullptr;
     check(tensor->scalar_type() == dtype && tensor->is_contiguous() && tensor->numel() == size,
@@ -43,10 +43,11 @@ void layer_norm_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, std::optiona
     return tensor->data_ptr();
   };
   const int64_t map = count * rows * channels, vector = count * channels;
-  cpu::LayerNormTangents call{};
+  cpu::NormalizationTangents call{};
   call.is_double = dtype == ScalarType::Double;
   call.count = count, call.rows = rows, call.channels = channels;
-  call.x = x.data_ptr(), call.mean = data(mean, rows), call.inverse = data(inverse, rows);
+  call.per_channel = per_channel;
+  call.x = x.data_ptr(), call.mean = data(mean, statistics), call.inverse = data(inverse, statistics);
   call.weight = data(weight, channels), call.grad = data(grad, rows * channels);
   call.x_t = data(x_t, map), call.weight_t = data(weight_t, vector);
   call.bias_t = data(bias_t, vector), call.grad_t = data(grad_t, map);
