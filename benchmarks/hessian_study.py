@@ -6,6 +6,9 @@ of 1e-3, by block Lanczos (`vitfast.hessian.top_eigenvalues`), by `scipy.sparse.
 and by PyHessian, whose power iteration stops by the change of the eigenvalue: with its default, and as far as it gets
 within a number of steps. Residuals are measured afterwards, in float64 sums, with the same operator for all.
 
+Gradients: seconds of one product with and without kept values, of models with random weights, as multiples of a
+gradient in plain PyTorch that is measured in the same rounds.
+
 Growth: seconds of a product while the number of vectors, tokens, layers or batches doubles, beside what theory says,
 the growth of the counted operations.
 
@@ -19,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
 from vitfast import hessian, train
+from vitfast.bench.case import OURS, Run, Workload
 from vitfast.bench.environment import machine, versions
+from vitfast.bench.hessian import MODELS, PLAIN, make_workload
+from vitfast.bench.timing import CpuTimer, interleave
 
 TOP, TOLERANCE = 5, 1e-3
 RECIPES = {"early": train.Recipe(epochs=6), "trained": train.Recipe(epochs=60, lr=1e-3)}
@@ -141,6 +148,34 @@ def _peers(model: nn.Module, images: Tensor, labels: Tensor):
     yield "PyHessian, at most 400 steps", power_iteration(400, 1e-6)
 
 
+def gradients() -> list[dict]:
+    """One record for each model: the medians of 11 rounds."""
+    records = []
+    for name, options in MODELS.items():
+        make = partial(make_workload, options, device=torch.device("cpu"), dtype=torch.float32)
+        gradient, product, kept = (
+            make(products=0, keep=False),
+            make(products=1, keep=False),
+            make(products=1, keep=True),
+        )
+        runs = {
+            "gradient": _run_of(gradient, PLAIN),
+            "gradient, vitfast": _run_of(gradient, OURS),
+            "product": _run_of(product, OURS),
+            "product, values kept": _run_of(kept, OURS),
+            "product, kept graph": _run_of(kept, PLAIN),
+        }
+        seconds = {way: statistics.median(times) for way, times in interleave(runs, CpuTimer(), 11).items()}
+        in_gradients = {way: value / seconds["gradient"] for way, value in seconds.items()}
+        records.append({"model": name, "seconds": seconds, "in_gradients": in_gradients})
+        print(name, ", ".join(f"{way} {value:.2f}" for way, value in in_gradients.items()), flush=True)
+    return records
+
+
+def _run_of(workload: Workload, name: str) -> Run:
+    return next(variant.run for variant in workload.variants if variant.name == name)
+
+
 def growth() -> list[dict]:
     """One record for each size: seconds of a product of K vectors, the median of 3."""
     base = {"vectors": 2, "patch_size": 4, "depth": 3, "batches": 1, "embed_dim": 96}
@@ -186,11 +221,11 @@ def _seconds_of_product(vectors: int, patch_size: int, depth: int, batches: int,
 def main() -> None:
     """Runs what is asked for and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("solvers", "growth"))
+    parser.add_argument("--only", choices=("solvers", "gradients", "growth"))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "cpu_hessian_study.json")
     arguments = parser.parse_args()
     results: dict = {"machine": machine(torch.device("cpu")), "versions": versions()}
-    for name, run in (("solvers", solvers), ("growth", growth)):
+    for name, run in (("solvers", solvers), ("gradients", gradients), ("growth", growth)):
         if arguments.only in (None, name):
             results[name] = run()
     arguments.json.write_text(json.dumps(results, indent=1) + "\n")

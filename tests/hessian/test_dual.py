@@ -74,6 +74,11 @@ def moved(x, weight):
     return joined.transpose(1, 2)[:, 1:, ::2].permute(0, 2, 1) * joined[:, -2:, :7].select(1, 0).unsqueeze(1)
 
 
+def stacked(x, weight):
+    maps = torch.stack([x.mT, (x * weight).mT], 1) + torch.stack([(x.sin() * weight).mT, x.mT], -1).movedim(-1, 1)
+    return maps.flatten(1, 2) * torch.stack([torch.ones_like(x), x], -3).flatten(1, 2).flatten(1).unflatten(1, (16, 6))
+
+
 def windows(x, weight):
     return (x * weight).flip(1, -1).unfold(-1, 3, 2).unfold(1, 4, 1).flip(0)
 
@@ -135,6 +140,7 @@ LAYERS = {
     "linear": lambda: Layers(nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 8)),
     "in place": lambda: Layers(Function(in_place)),
     "moved": lambda: Layers(Function(moved)),
+    "stacked": lambda: Layers(Function(stacked)),
     "windows": lambda: Layers(Function(windows)),
     "log softmax": lambda: Layers(Function(distributions)),
     "broadcast": lambda: Layers(Function(broadcast)),

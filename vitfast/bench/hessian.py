@@ -31,12 +31,12 @@ from vitfast.hessian.layout import Layout
 from vitfast.models import create_model
 from vitfast.ops.backend import backend
 
-__all__ = ["CASES", "make_workload"]
+__all__ = ["CASES", "MODELS", "PLAIN", "make_workload"]
 
 _SIDE, _BATCH, _CLASSES = 32, 16, 10
-_PLAIN = "kept_graph"
+PLAIN = "kept_graph"
 
-_MODELS = {
+MODELS = {
     "vit": {"name": "vit_ti", "image_size": _SIDE, "patch_size": 4, "depth": 6},
     "swin": {"name": "swin_t", "image_size": _SIDE, "patch_size": 2, "window_size": 4},
     "alternet_18": {"name": "alternet_18", "stem": False, "window_size": 4},
@@ -85,9 +85,9 @@ def make_workload(options: dict, products: int, keep: bool, device: torch.device
     flops = counter.get_total_flops()
     runs: dict[str, Run] = {}
     if products == 0:
-        runs = {OURS: _gradient(problem), _PLAIN: _in_plain_pytorch(_gradient(problem))}
+        runs = {OURS: _gradient(problem), PLAIN: _in_plain_pytorch(_gradient(problem))}
     else:
-        runs = {OURS: _ours(problem, keep), _PLAIN: _kept_graph(problem)}
+        runs = {OURS: _ours(problem, keep), PLAIN: _kept_graph(problem)}
         if not keep:
             runs["double_backward"] = _in_plain_pytorch(_double_backward(problem))
             runs["func"] = _in_plain_pytorch(_transforms(problem))
@@ -95,7 +95,7 @@ def make_workload(options: dict, products: int, keep: bool, device: torch.device
     nbytes = size * vectors.element_size()
     return Workload(
         variants=tuple(Variant(name, run) for name, run in runs.items()),
-        plain=_PLAIN,
+        plain=PLAIN,
         expected=lambda: _exact(problem, products),
         flops=flops * (2 * products + (0 if keep else 1)),
         bytes=nbytes * (2 + 2 * products),
@@ -199,13 +199,11 @@ def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _case(label: str, options: dict, phase: str, products: int, keep: bool) -> Case:
-    names = (OURS, _PLAIN)
+    names = (OURS, PLAIN)
     if products > 0 and not keep:
         names += ("double_backward", "func", "curvlinops")
     make = partial(make_workload, options, products, keep)
     return Case("hessian", label, phase, f"hessian_{phase}", names, make, compiles=False)
 
 
-CASES = tuple(
-    _case(label, options, phase, *way) for label, options in _MODELS.items() for phase, way in _PHASES.items()
-)
+CASES = tuple(_case(label, options, phase, *way) for label, options in MODELS.items() for phase, way in _PHASES.items())

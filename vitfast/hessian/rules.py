@@ -27,6 +27,7 @@ from vitfast.ops.layers import (
     layer_norm_backward_tangents,
     layer_norm_tangents,
     matrix_product,
+    order_in_memory,
 )
 
 aten = torch.ops.aten
@@ -138,13 +139,30 @@ def _embed(operation, result, x, shape, dim, *rest):
     return Pair(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
 
 
+def _stacked(tensors, dim=0):
+    """As `torch.stack`, with the dimensions in the order that they have in the memory of the first tensor: gradients of
+    parts of a map's channels are joined so without being transposed on the way to a convolution."""
+    dims = tensors[0].dim()
+    dim %= dims + 1
+    order = order_in_memory(tensors[0])
+    place = order.index(dim) if dim < dims else dims
+    in_memory = [d + (d >= dim) for d in order]
+    in_memory.insert(place, dim)
+    back = sorted(range(dims + 1), key=in_memory.__getitem__)
+    return torch.stack([t.permute(order) for t in tensors], place).permute(back)
+
+
+PRIMALS[aten.stack.default] = _stacked
+
+
 @_rule(aten.cat.default, aten.stack.default, serves=lambda tensors, *dim: len({t.dim() for t in tensors}) == 1)
 def _join(operation, result, tensors, dim=0):
     count = next(len(t.tangents) for t in tensors if isinstance(t, Pair))
     tangents = [
         t.tangents if isinstance(t, Pair) else t.new_zeros(1, *t.shape).expand(count, *t.shape) for t in tensors
     ]
-    return Pair(result, operation(tangents, _behind(dim)))
+    join = _stacked if operation is aten.stack.default else operation
+    return Pair(result, join(tangents, _behind(dim)))
 
 
 @_rule(aten.copy.default)

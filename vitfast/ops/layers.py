@@ -246,7 +246,7 @@ def gelu_tangents(x: Tensor, x_t: Tensor) -> Tensor:
     """Of gelu(x), with the exact GELU, x Phi(x)."""
     if not _serves(x, x_t):
         return mapped(lambda t: reference.gelu_tangent(x, t), (x_t,))
-    order = _order_in_memory(x)
+    order = order_in_memory(x)
     x, x_t = (_dense(_permuted(t, order)) for t in (x, x_t))
     output_t = torch.empty_like(x_t)
     torch.ops.vitfast.gelu_tangents(x, None, x_t, None, output_t)
@@ -258,7 +258,7 @@ def gelu_backward_tangents(grad: Tensor, x: Tensor, grad_t: Tensor | None, x_t: 
     tangents = (grad_t, x_t)
     if not _serves(x, grad, *tangents):
         return mapped(lambda *t: reference.gelu_backward_tangent(grad, x, *t), tangents)
-    order = _order_in_memory(x)
+    order = order_in_memory(x)
     x, grad, grad_t, x_t = (_dense(_permuted(t, order)) for t in (x, grad, grad_t, x_t))
     x_grad_t = x.new_empty(count_of((grad_t, x_t)), *x.shape)
     torch.ops.vitfast.gelu_tangents(x, grad, x_t, grad_t, x_grad_t)
@@ -268,7 +268,7 @@ def gelu_backward_tangents(grad: Tensor, x: Tensor, grad_t: Tensor | None, x_t: 
 # Elementwise, so that maps with channels last may stay so.
 
 
-def _order_in_memory(x: Tensor) -> list[int]:
+def order_in_memory(x: Tensor) -> list[int]:
     """The dimensions, the one with the largest stride first."""
     return sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
 
