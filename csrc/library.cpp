@@ -45,9 +45,8 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
   // once.
   m.def(
       "normalization_tangents(Tensor x, Tensor mean, Tensor inverse, bool per_channel, Tensor? weight, Tensor? grad, "
-      "Tensor? x_t, Tensor? "
-      "weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? x_grad_t, Tensor(c!)? "
-      "weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
+      "Tensor? x_t, Tensor? weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? "
+      "x_grad_t, Tensor(c!)? weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
   // Of a linear layer: weight = grad^T x and bias = the sum of grad's rows, or these added to them.
   m.def("weight_gradient(Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!)? bias, bool add) -> ()");
   m.def(

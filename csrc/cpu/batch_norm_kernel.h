@@ -31,16 +31,14 @@ class BatchNormRow : NormalizationRow<T> {
       if (call_.out_t != nullptr) write_out(k, row);
       if (call_.x_grad_t != nullptr) write_x_grad(k, row);
       if (weight_sums != nullptr) add_weight_grad(k, row, weight_sums + vector);
-      if (bias_sums != nullptr && call_.grad_t != nullptr) {
-        const T* grad_t = at(call_.grad_t, k, row);
-        for_each([&](int64_t c, int64_t n) { add(bias_sums + vector, c, n, load_up_to(grad_t + c, n)); });
-      }
+      if (bias_sums != nullptr) add_bias_grad(k, row, bias_sums + vector);
     }
   }
 
  private:
   using NormalizationRow<T>::call_, NormalizationRow<T>::channels_;
   using NormalizationRow<T>::for_each, NormalizationRow<T>::at, NormalizationRow<T>::add, NormalizationRow<T>::weight;
+  using NormalizationRow<T>::weighted_grad_t, NormalizationRow<T>::add_bias_grad;
 
   Vec<T> inverse(int64_t c, int64_t n) const { return load_up_to(at(call_.inverse, 0) + c, n); }
 
@@ -56,14 +54,8 @@ class BatchNormRow : NormalizationRow<T> {
   }
 
   void write_x_grad(int64_t k, int64_t row) const {
-    const T* grad = at(call_.grad, row);
     T* out = at(call_.x_grad_t, k, row);
-    for_each([&](int64_t c, int64_t n) {
-      Vec<T> h{};
-      if (call_.grad_t != nullptr) h += load_up_to(at(call_.grad_t, k, row) + c, n) * weight(c, n);
-      if (call_.weight_t != nullptr) h += load_up_to(grad + c, n) * load_up_to(at(call_.weight_t, k) + c, n);
-      store_up_to(out + c, h * inverse(c, n), n);
-    });
+    for_each([&](int64_t c, int64_t n) { store_up_to(out + c, weighted_grad_t(k, row, c, n) * inverse(c, n), n); });
   }
 
   void add_weight_grad(int64_t k, int64_t row, T* sums) const {

@@ -38,16 +38,14 @@ class LayerNormRow : NormalizationRow<T> {
       if (call_.grad == nullptr) continue;
       if (call_.x_grad_t != nullptr) write_x_grad(k, row);
       if (weight_sums != nullptr) add_weight_grad(k, row, weight_sums + vector);
-      if (bias_sums != nullptr && call_.grad_t != nullptr) {
-        const T* grad_t = at(call_.grad_t, k, row);
-        for_each([&](int64_t c, int64_t n) { add(bias_sums + vector, c, n, load_up_to(grad_t + c, n)); });
-      }
+      if (bias_sums != nullptr) add_bias_grad(k, row, bias_sums + vector);
     }
   }
 
  private:
   using NormalizationRow<T>::call_, NormalizationRow<T>::channels_;
   using NormalizationRow<T>::for_each, NormalizationRow<T>::at, NormalizationRow<T>::add, NormalizationRow<T>::weight;
+  using NormalizationRow<T>::weighted_grad_t, NormalizationRow<T>::add_bias_grad;
 
   template <class F>
   T mean(F f) const {
@@ -100,13 +98,7 @@ class LayerNormRow : NormalizationRow<T> {
   }
 
   void write_x_grad(int64_t k, int64_t row) {
-    const T* grad = at(call_.grad, row);
-    for_each([&](int64_t c, int64_t n) {
-      Vec<T> h{};
-      if (call_.grad_t != nullptr) h += load_up_to(at(call_.grad_t, k, row) + c, n) * weight(c, n);
-      if (call_.weight_t != nullptr) h += load_up_to(grad + c, n) * load_up_to(at(call_.weight_t, k) + c, n);
-      store(weighted_t_ + c, h);
-    });
+    for_each([&](int64_t c, int64_t n) { store(weighted_t_ + c, weighted_grad_t(k, row, c, n)); });
     const T level = mean([&](int64_t c, int64_t) { return load(weighted_t_ + c); });
     // What is behind the last channel of x^. is not 0, but of h it is.
     const T slope = mean([&](int64_t c, int64_t) {

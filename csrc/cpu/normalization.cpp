@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 
 #include "cpu/dispatch.h"
@@ -36,6 +37,8 @@ void normalization_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, bool per_
   check(dtype == ScalarType::Float || dtype == ScalarType::Double, "takes float32 and float64");
   check(x.dim() == 2 && x.is_contiguous(), "x must be (rows, channels), contiguous");
   const int64_t rows = x.size(0), channels = x.size(1), statistics = per_channel ? channels : rows;
+  check(count >= 0 && count <= std::numeric_limits<int64_t>::max() / std::max<int64_t>(rows * channels, 1),
+        "count must be at least 0, and no more than there can be");
   const auto data = [&](const std::optional<Tensor>& tensor, int64_t size) -> void* {
     if (!tensor.has_value()) return nullptr;
     check(tensor->scalar_type() == dtype && tensor->is_contiguous() && tensor->numel() == size,

@@ -31,6 +31,21 @@ class NormalizationRow {
     return call_.weight == nullptr ? broadcast(T{1}) : load_up_to(static_cast<const T*>(call_.weight) + c, n);
   }
 
+  // h. = g. w + g w.
+  Vec<T> weighted_grad_t(int64_t k, int64_t row, int64_t c, int64_t n) const {
+    Vec<T> h{};
+    if (call_.grad_t != nullptr) h += load_up_to(at(call_.grad_t, k, row) + c, n) * weight(c, n);
+    if (call_.weight_t != nullptr)
+      h += load_up_to(at(call_.grad, row) + c, n) * load_up_to(at(call_.weight_t, k) + c, n);
+    return h;
+  }
+  // g.
+  void add_bias_grad(int64_t k, int64_t row, T* sums) const {
+    if (call_.grad_t == nullptr) return;
+    const T* grad_t = at(call_.grad_t, k, row);
+    for_each([&](int64_t c, int64_t n) { add(sums, c, n, load_up_to(grad_t + c, n)); });
+  }
+
   const NormalizationTangents& call_;
   int64_t channels_;
 };

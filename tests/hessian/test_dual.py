@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -472,6 +474,33 @@ def test_what_a_function_detaches_in_its_forward_has_tangents():
     assert_close(hvp(lambda p: (Detaching.apply(p.sin()) * p).sum(), p, v), expected)
 
 
+def test_the_bias_alone_of_a_batch_normalisation():
+    x, bias = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    mean, variance = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
+
+    def fn(b):
+        return F.batch_norm(x, mean, variance, torch.ones_like(mean), b).sum() + b.pow(3).sum()
+
+    assert_close(hvp(fn, bias, torch.ones_like(bias)), 6 * bias)
+    curved = hvp(lambda b: F.batch_norm(x, mean, variance, None, b).pow(3).sum(), bias, torch.ones_like(bias))
+    assert_close(curved, 6 * F.batch_norm(x, mean, variance, None, bias).sum((0, 2)))
+
+
+def test_a_fallback_draws_the_same_random_numbers():
+    p, v = torch.randn(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
+
+    def fn(p):
+        mask = torch.rand(200, dtype=torch.float64) < 0.5
+        overwritten(p[:2])
+        return (mask * p**3).sum()
+
+    torch.manual_seed(0)
+    mask = torch.rand(200, dtype=torch.float64) < 0.5
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="by transforms"):
+        assert_close(hvp(fn, p, v), 6 * p * mask)
+
+
 def test_errors_of_the_function_are_its_own():
     def broken(p):
         raise LookupError("mine")
@@ -517,16 +546,74 @@ def test_recorded_operations_give_the_same(name):
 
 def test_a_recording_leaves_out_what_does_not_matter():
     x, v = torch.randn(3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
-    recording, other = Recording(), Recording()
+    recording, other, needless = Recording(), Recording(), []
 
     def chatty(p):
-        p.exp().sum().neg()
+        value = p.exp()
+        needless.append(weakref.ref(value.primal))
+        value.sum().neg()
         return (p**3).sum()
 
     for _ in range(2):
         assert_close(gradient_tangents(chatty, x, v, recording), 6 * x * v)
         gradient_tangents(lambda p: (p**3).sum(), x, v, other)
     assert len(recording) == len(other)
+    assert len(needless) == 1
+    assert needless[0]() is None
+
+
+def test_a_run_that_fails_leaves_nothing_in_a_recording():
+    recording, seen = Recording(), []
+
+    def broken(p):
+        value = p.exp()
+        seen.append(weakref.ref(value.primal))
+        if len(seen) == 1:
+            raise LookupError("mine")
+        return value.sum()
+
+    x, v = torch.randn(3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    with pytest.raises(LookupError, match="mine"):
+        gradient_tangents(broken, x, v, recording)
+    assert len(recording) == 0
+    assert seen[0]() is None
+    for _ in range(2):
+        assert_close(gradient_tangents(broken, x, v, recording), x.exp() * v)
+    assert len(seen) == 2
+
+
+def test_recorded_parameters_of_two_dtypes():
+    params = {"a": torch.randn(4, 5), "b": torch.randn(5, dtype=torch.bfloat16)}
+    vectors, recording = {n: torch.randn(2, *p.shape) for n, p in params.items()}, Recording()
+
+    def fn(p):
+        return (p["a"].tanh().bfloat16() @ p["b"]).square().sum()
+
+    first = gradient_tangents(fn, params, vectors, recording)
+    assert_close(gradient_tangents(None, params, vectors, recording), first, rtol=0, atol=0)
+
+
+def test_products_in_inference_mode():
+    weight, v = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    with torch.inference_mode():
+        result = hvp(lambda p: (p**3).sum(), weight, v)
+    assert_close(result.clone(), 6 * weight * v)
+
+
+@pytest.mark.parametrize("first", ["tangents", "none", "expanded"])
+def test_stacks_have_the_tangents_in_front(first):
+    x = torch.randn(4, 6, dtype=torch.float64)
+    given = {"tangents": lambda p: p.mT, "none": lambda p: x.mT, "expanded": lambda p: p[:1].expand(4, 6).mT}[first]
+    seen = []
+
+    def fn(p):
+        stacked = torch.stack([given(p), (p * p).mT], 1)
+        seen.append(stacked.tangents.stride())
+        return stacked.flatten(1).pow(3).sum()
+
+    params, vectors = {"p": x}, {"p": torch.randn(3, 4, 6, dtype=torch.float64)}
+    gradient_tangents(lambda p: fn(p["p"]), params, vectors)
+    assert max(seen[0]) == seen[0][0]
 
 
 def test_a_recording_is_made_anew_when_its_tensors_change():

@@ -248,3 +248,65 @@ def test_processes_share_the_batches(tmp_path):
         assert_close(found["dense"], operator.to_dense())
         assert_close(found["gradient"], operator.gradient())
         assert found["loss"] == pytest.approx(operator.loss())
+
+
+class Scaled(nn.Module):
+    """With a buffer that enters through a value alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.randn(4))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale.exp()
+
+
+def changed_buffer(operator):
+    operator.model.scale = torch.randn(4, dtype=torch.float64)
+
+
+def transposed_weight(operator):
+    operator.model.linear.weight.data = operator.model.linear.weight.data.t()
+
+
+def other_loss(operator):
+    operator.loss_fn = lambda out, y: F.cross_entropy(out, y) ** 2
+
+
+@pytest.mark.parametrize("change", [changed_buffer, transposed_weight, other_loss])
+def test_kept_values_of_a_function_that_has_changed_are_made_anew(change):
+    torch.manual_seed(0)
+    model, batch = Scaled().double(), (torch.randn(5, 4, dtype=torch.float64), torch.randint(4, (5,)))
+    kept = HessianOperator(model, F.cross_entropy, [batch], keep_primals=True)
+    vector = torch.randn(kept.shape[0], dtype=torch.float64)
+    for _ in range(8):  # what is freed may come to lie where it lay before
+        kept @ vector
+        change(kept)
+        expected = HessianOperator(model, kept.loss_fn, [batch]) @ vector
+        assert_close(kept @ vector, expected)
+
+
+def test_kept_values_know_autocast_and_inference_mode():
+    torch.manual_seed(0)
+    model, batch = Scaled(), (torch.randn(5, 4), torch.randint(4, (5,)))
+    kept, plain = (HessianOperator(model, F.cross_entropy, [batch], keep_primals=keep) for keep in (True, False))
+    vector = torch.randn(kept.shape[0])
+    with torch.inference_mode():
+        first = kept @ vector
+    assert_close(first.clone(), plain @ vector)
+    assert_close(kept @ vector, plain @ vector)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(kept @ vector, plain @ vector)
+
+
+def test_the_size_of_a_chunk_costs_one_call_of_the_model():
+    calls = []
+    model = Scaled()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    operator = HessianOperator(model, F.cross_entropy, [(torch.randn(5, 4), torch.randint(4, (5,)))])
+    vectors, made = torch.randn(operator.shape[0], 3), len(calls)
+    operator @ vectors
+    assert len(calls) == made + 2
+    operator @ vectors
+    assert len(calls) == made + 3

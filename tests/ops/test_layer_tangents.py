@@ -164,6 +164,32 @@ def test_reference_of_batch_norm_is_its_derivative():
     torch.testing.assert_close(found, expected)
 
 
+def test_direct_calls_of_the_operator_stay_within_bounds():
+    """Whoever calls the operator itself gets an error, and no access to what is not his."""
+    run, f = torch.ops.vitfast.normalization_tangents, torch.ones
+    x, vector, tangents = f(2, 4), f(4), f(3, 2, 4)
+    run(x, vector, vector, True, None, None, tangents, None, None, None, 3, f(3, 2, 4), None, None, None)
+    huge = 2**62
+    for count in (-1, 2, 4, huge, huge + 1):
+        with pytest.raises(RuntimeError, match="normalization_tangents"):
+            run(x, vector, vector, True, None, None, tangents, None, None, None, count, f(3, 2, 4), None, None, None)
+        empty = f(count, 0) if count >= huge else f(0)
+        with pytest.raises(RuntimeError, match="normalization_tangents"):
+            run(x, vector, vector, True, None, None, None, None, None, None, count, empty, None, None, None)
+    for wrong in (
+        (x, f(2), vector, True),  # statistics of rows
+        (x, vector, vector, False),  # statistics of channels
+        (x.mT, vector, vector, True),
+        (f(2, 4, 1), vector, vector, True),
+        (x, vector.double(), vector, True),
+        (x.half(), vector.half(), vector.half(), True),
+    ):
+        with pytest.raises(RuntimeError, match="normalization_tangents"):
+            run(*wrong, None, None, tangents, None, None, None, 3, f(3, 2, 4), None, None, None)
+    with pytest.raises(RuntimeError, match="need grad"):
+        run(x, vector, vector, True, None, None, tangents, None, None, None, 3, None, f(3, 2, 4), None, None)
+
+
 @dtypes
 @pytest.mark.parametrize("size", [1, 5, 16, 33, 1024, 1025, 5000])
 def test_gelu(size, dtype, instruction_set):
@@ -209,6 +235,9 @@ def test_lower_precision_is_left_to_the_formulas():
     primals, grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(16, torch.bfloat16)
     assert layer_norm_tangents(*primals, x_t, weight_t, bias_t).dtype == torch.bfloat16
     assert gelu_backward_tangents(grad, primals[0], grad_t, x_t).dtype == torch.bfloat16
+    primals, grad, grad_t, x_t, weight_t, bias_t = batch_norm_case((2, 16, 3, 3), torch.bfloat16)
+    assert batch_norm_tangents(*primals, x_t, weight_t, bias_t).dtype == torch.bfloat16
+    assert batch_norm_backward_tangents(grad, *primals, grad_t, x_t, weight_t)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -14,7 +14,7 @@ A tensor without tangents is a plain one: constants cost nothing. Rules see neit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Dual(Tensor):
         primal: the values.
         tangents: (K, *shape).
         is_shared: whether a view of the same memory exists, so that a change in place would have to be seen elsewhere.
-        recording: of the run that it is part of, if somebody records it.
+        recording: of the run that it is part of, None if there is none.
         place: what stands for it there.
     """
 
@@ -277,17 +277,27 @@ def gradient_tangents(
 
 def _recorded(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording: Recording | None) -> list:
     """The tangents of the gradient, None for zero, from a run of the function."""
-    if recording is not None:
+    if recording is None:
+        return [g.tangents if isinstance(g, Dual) else None for g in _gradient(fn, leaves, tree, tangents, None)]
+    recording.clear()
+    try:
+        gradient = _gradient(fn, leaves, tree, tangents, recording)
+    except BaseException:
         recording.clear()
-    duals = []
-    for leaf, leaf_t in zip(leaves, tangents, strict=True):
-        primal = leaf.detach()
-        duals.append(Dual(primal, leaf_t, recording, None if recording is None else recording.input(primal)))
-    with torch.enable_grad():
-        value = fn(tree_unflatten([dual.requires_grad_() for dual in duals], tree))
-        gradient = [None] * len(duals)
-        if value.requires_grad:
-            gradient = torch.autograd.grad(value, duals, allow_unused=True)
-    if recording is not None:
-        recording.end([_place(g) if isinstance(g, Dual) else None for g in gradient])
+        raise
+    recording.end([g.place if isinstance(g, Dual) else None for g in gradient])
     return [g.tangents if isinstance(g, Dual) else None for g in gradient]
+
+
+def _gradient(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording: Recording | None) -> Sequence:
+    """The gradient, whose values have tangents where these are not zero."""
+    with torch.inference_mode(False), torch.enable_grad():
+        duals = []
+        for leaf, leaf_t in zip(leaves, tangents, strict=True):
+            primal = leaf.detach()
+            place = None if recording is None else recording.input(primal)
+            duals.append(Dual(primal, leaf_t, recording, place).requires_grad_())
+        value = fn(tree_unflatten(duals, tree))
+        if not value.requires_grad:
+            return [None] * len(duals)
+        return torch.autograd.grad(value, duals, allow_unused=True)

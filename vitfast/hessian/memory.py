@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["fitting_chunk", "free_bytes", "hold_freed_memory", "keeping_freed_memory", "release_freed_memory"]
+__all__ = [
+    "bytes_of_vector",
+    "fitting_chunk",
+    "free_bytes",
+    "hold_freed_memory",
+    "keeping_freed_memory",
+    "release_freed_memory",
+]
 
 # Beyond so many vectors at a time nothing gets faster.
 MOST_AT_A_TIME = 16
@@ -26,8 +33,8 @@ _SHARE = 0.5
 _TANGENTS = 3
 
 
-def fitting_chunk(fn: Callable[[Any], Tensor], params: Any, count: int) -> int:
-    """How many of ``count`` vectors to take at a time, by one run of ``fn``, a function of the parameters."""
+def bytes_of_vector(fn: Callable[[Any], Tensor], params: Any) -> int:
+    """What a vector of a product takes, estimated by one run of ``fn``, a function of the parameters."""
     kept = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -39,10 +46,12 @@ def fitting_chunk(fn: Callable[[Any], Tensor], params: Any, count: int) -> int:
         leaves = tree_map(lambda p: p.detach().requires_grad_(), params)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             fn(leaves)
-    tensors = tree_flatten(params)[0]
-    vector = sum(p.numel() * p.element_size() for p in tensors)
-    per_vector = _TANGENTS * kept + 4 * vector
-    return int(max(1, min(count, MOST_AT_A_TIME, _SHARE * free_bytes(tensors[0].device) // max(per_vector, 1))))
+    return _TANGENTS * kept + 4 * sum(p.numel() * p.element_size() for p in tree_flatten(params)[0])
+
+
+def fitting_chunk(per_vector: int, count: int, device: torch.device) -> int:
+    """How many of ``count`` vectors to take at a time, each of so many bytes."""
+    return int(max(1, min(count, MOST_AT_A_TIME, _SHARE * free_bytes(device) // max(per_vector, 1))))
 
 
 def free_bytes(device: torch.device) -> int:

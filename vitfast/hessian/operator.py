@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from vitfast.hessian.layout import Layout
-from vitfast.hessian.memory import fitting_chunk, hold_freed_memory, release_freed_memory
+from vitfast.hessian.memory import bytes_of_vector, fitting_chunk, hold_freed_memory, release_freed_memory
 from vitfast.hessian.products import Way, batched, hessian_products, mapped
-from vitfast.hessian.recording import Recording
+from vitfast.hessian.recording import Recording, version_of
 
 __all__ = ["HessianOperator"]
 
@@ -49,9 +49,10 @@ class HessianOperator:
         curvature: "hessian"; or "gauss_newton", which leaves out the curvature of the model's outputs.
         dropout: "refuse" or "frozen": the same masks in every product, drawn anew for each batch.
         chunk: vectors at a time; None for as many as the free memory allows.
-        keep_primals: keeps all values that lead to the gradient of every batch, so that later products compute tangents
-            only: for single vectors a third faster, for the memory of all these values. They are made anew when
-            parameters, buffers or modes have changed, as far as PyTorch counts changes: ``p.data.mul_(2)`` it does not.
+        keep_primals: keeps all values that lead to the gradient of every batch. Later products compute tangents only,
+            and call neither the model nor ``loss_fn``: single vectors take two thirds of the time, for the memory of
+            all these values. They are made anew when parameters, buffers, modes or ``loss_fn`` have changed, as far as
+            PyTorch counts changes: ``p.data.mul_(2)`` it does not, nor what a module or ``loss_fn`` has beside them.
             With "hessian" only.
         progress: a bar over batches, by tqdm.
         seed: of frozen dropout.
@@ -92,7 +93,7 @@ class HessianOperator:
         self._names = _chosen(model, params)
         self.layout = Layout.of(self.parameters())
         self._frozen = dropout == "frozen"
-        self._kept: dict[int, tuple[list, Recording]] | None = {} if keep_primals else None
+        self._kept: dict[int, tuple[list, list[Tensor], Recording]] | None = {} if keep_primals else None
         self._way = Way()
         self._refuse_dropout()
         self._rank, world = _process()
@@ -101,7 +102,7 @@ class HessianOperator:
             raise ValueError("data yields no batches; a generator that was used up must be made anew")
         self._samples = sum(_count(targets) for _, targets in batches)
         self._batches = list(enumerate(batches))[self._rank :: world]
-        self._world, self._chunk = world, chunk
+        self._world, self._chunk, self._bytes_of_vector = world, chunk, None
         self.products = 0
         self._probe()
         hold_freed_memory()  # one product needs what the one before has freed
@@ -182,17 +183,22 @@ class HessianOperator:
         """What is kept of a batch, if the model is still the same."""
         if self._kept is None:
             return None
-        state = self._state()
-        before, recording = self._kept.get(index, (None, None))
+        tensors = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
+        state = self._state(tensors)
+        before, _, recording = self._kept.get(index, (None, None, None))
         if before != state:
             recording = Recording()
-            self._kept[index] = (state, recording)
+            self._kept[index] = (state, tensors, recording)  # with the tensors, lest others come to lie at their places
         return recording
 
-    def _state(self) -> list:
-        """What tells whether parameters, buffers and modes are those of another product."""
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return [(t.data_ptr(), t._version) for t in tensors] + [m.training for m in self.model.modules()]
+    def _state(self, tensors: list[Tensor]) -> list:
+        """What tells whether the function is that of another product: tensors, modes, loss and precision."""
+        kind = self.device.type
+        return [
+            *(self.model, self.loss_fn, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            *((t.data_ptr(), version_of(t), t.shape, t.stride(), t.dtype) for t in tensors),
+            *(module.training for module in self.model.modules()),
+        ]
 
     def _loss_of(self, inputs, targets) -> Callable[[dict[str, Tensor]], Tensor]:
         def loss(params):
@@ -209,9 +215,11 @@ class HessianOperator:
             return self._chunk or 1
         if not self._batches:
             return count
-        index, (inputs, targets) = self._batches[0]
-        with self._fixed(index):
-            return fitting_chunk(self._loss_of(inputs, targets), self.parameters(), count)
+        if self._bytes_of_vector is None:
+            index, (inputs, targets) = self._batches[0]
+            with self._fixed(index):
+                self._bytes_of_vector = bytes_of_vector(self._loss_of(inputs, targets), self.parameters())
+        return fitting_chunk(self._bytes_of_vector, count, self.device)
 
     # ---- loss and gradient ----
 

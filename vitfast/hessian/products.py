@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
 from vitfast.hessian.dual import Unsupported, gradient_tangents
 from vitfast.hessian.layout import Layout
-from vitfast.hessian.memory import fitting_chunk, keeping_freed_memory
+from vitfast.hessian.memory import bytes_of_vector, fitting_chunk, keeping_freed_memory
 from vitfast.hessian.recording import Recording
 from vitfast.ops._rules import forward_ad_is_nested, is_transformed
 
@@ -145,7 +145,7 @@ def _scalar(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _apply(products, layout: Layout, params, vectors, chunk: int | None, scalar) -> Any:
     rows, form = layout.rows_of(vectors)
     if chunk is None:
-        chunk = 1 if len(rows) == 1 else fitting_chunk(scalar, params, len(rows))
+        chunk = 1 if len(rows) == 1 else fitting_chunk(bytes_of_vector(scalar, params), len(rows), rows.device)
     with keeping_freed_memory():
         return layout.in_form(batched(products, layout, rows, chunk), form)
 
@@ -166,6 +166,8 @@ def hessian_products(
     def products(vectors):
         if way.by_transforms or is_transformed() or forward_ad_is_nested():
             return by_transforms(vectors)
+        device = tree_flatten(vectors)[0][0].device
+        generator = _generator_state(device)
         try:
             return gradient_tangents(fn, params, vectors, recording)
         except torch.OutOfMemoryError:
@@ -173,6 +175,7 @@ def hessian_products(
         except Exception as error:
             way.by_transforms = isinstance(error, Unsupported)
             reason = f"{type(error).__name__}: {error}"
+        _set_generator_state(device, generator)
         results = by_transforms(vectors)  # which raises what is wrong with fn itself
         warnings.warn(f"Hessian-vector products by transforms of torch.func, which are slower: {reason}", stacklevel=4)
         return results
@@ -180,6 +183,14 @@ def hessian_products(
     gradient = grad(fn)
     by_transforms = mapped(lambda v: jvp(gradient, (params,), (v,))[1])
     return products
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_generator_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def mapped(product: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,7 +1,8 @@
 """Operations on tangents, recorded as they run, and run again for other tangents without the function they came from.
 
-A gradient with tangents is linear in these. What the function does around them, its Python, autograd and all primal
-values, is the same in every run: a recording leaves it out, and of the operations those that no result depends on.
+A gradient with tangents is linear in these. What the function does around them, its Python, autograd and the primal
+results of operations that have a rule, is the same in every run: a recording leaves it out, and of the operations those
+that no result depends on.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ def pairs_in(x: Any) -> Iterator[Pair]:
     return (leaf for leaf in leaves_of(x) if isinstance(leaf, Pair))
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place, as far as PyTorch counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @dataclass(slots=True)
 class _Step:
     """One operation: function(*args, **options), whose results have tangents for the pairs of ``results``."""
@@ -81,6 +87,13 @@ class _Step:
         yield from leaves_of(self.args)
         yield from leaves_of(tuple(self.options.values()))
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Those, and the primals of the pairs."""
+        for operand in self.operands():
+            tensor = operand.primal if isinstance(operand, Pair) else operand
+            if isinstance(tensor, Tensor):
+                yield tensor
+
 
 class Recording:
     """Of one run. Its pairs hold tangents only while they are needed, and primals for as long as it lives."""
@@ -93,7 +106,7 @@ class Recording:
         self._steps: list[_Step] = []
         self._inputs: list[Pair] = []
         self._results: list[Pair | None] | None = None
-        self._versions: list[tuple[Tensor, int]] = []
+        self._versions: dict[int, tuple[Tensor, int]] = {}
 
     def __len__(self) -> int:
         """The operations that are run again."""
@@ -110,10 +123,8 @@ class Recording:
         """What has run. The tensors among its arguments must not change from now on."""
         step = _Step(function, args, options, results)
         self._steps.append(step)
-        for operand in step.operands():
-            tensor = operand.primal if isinstance(operand, Pair) else operand
-            if isinstance(tensor, Tensor):
-                self._versions.append((tensor, tensor._version))
+        for tensor in step.tensors():
+            self._versions.setdefault(id(tensor), (tensor, version_of(tensor)))
 
     def end(self, results: list[Pair | None]) -> None:
         """Keeps what leads to these results."""
@@ -127,20 +138,27 @@ class Recording:
                     needed.add(id(place))
                     step.done.append(place)
             steps.append(step)
+        read = {id(tensor) for step in steps for tensor in step.tensors()}
+        # What is left out may have read tensors that others here were computed from.
+        read |= {id(operand) for step in self._steps for operand in step.operands() if isinstance(operand, Tensor)}
+        read |= {id(place.primal) for place in self._inputs}
         self._steps, self._results = steps[::-1], results
+        self._versions = {key: version for key, version in self._versions.items() if key in read}
 
     # ---- again ----
 
     def is_current(self) -> bool:
         """Whether a run is complete, and its tensors have not been changed in place since, as far as PyTorch knows."""
-        return self._results is not None and all(tensor._version == version for tensor, version in self._versions)
+        return self._results is not None and all(
+            version_of(tensor) == version for tensor, version in self._versions.values()
+        )
 
     @torch.no_grad()
     def replay(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The tangents of the results for other tangents of the inputs."""
         try:
             for place, given in zip(self._inputs, tangents, strict=True):
-                place.tangents = given
+                place.tangents = given.to(place.primal.dtype)
             for step in self._steps:
                 results = step.function(*step.args, **step.options)
                 for place, result in zip(step.results, pairs_in(results), strict=True):

@@ -139,12 +139,10 @@ def _embed(operation, result, x, shape, dim, *rest):
     return Pair(result, operation(x.tangents, [len(x.tangents), *shape], _behind(dim), *rest))
 
 
-def _stacked(tensors, dim=0):
-    """As `torch.stack`, with the dimensions in the order that they have in the memory of the first tensor: gradients of
-    parts of a map's channels are joined so without being transposed on the way to a convolution."""
-    dims = tensors[0].dim()
+def _stack(tensors, dim: int, order: list[int]):
+    """As `torch.stack`, with the dimensions of the tensors in this order in memory."""
+    dims = len(order)
     dim %= dims + 1
-    order = order_in_memory(tensors[0])
     place = order.index(dim) if dim < dims else dims
     in_memory = [d + (d >= dim) for d in order]
     in_memory.insert(place, dim)
@@ -152,7 +150,14 @@ def _stacked(tensors, dim=0):
     return torch.stack([t.permute(order) for t in tensors], place).permute(back)
 
 
-PRIMALS[aten.stack.default] = _stacked
+def _stacking_order(tensors) -> list[int]:
+    """That of the first tensor: gradients of parts of a map's channels are joined so without being transposed on the
+    way to a convolution."""
+    first = parts(tensors[0])[0]
+    return list(range(first.dim())) if 0 in first.stride() else order_in_memory(first)
+
+
+PRIMALS[aten.stack.default] = lambda tensors, dim=0: _stack(tensors, dim, _stacking_order(tensors))
 
 
 @_rule(aten.cat.default, aten.stack.default, serves=lambda tensors, *dim: len({t.dim() for t in tensors}) == 1)
@@ -161,8 +166,9 @@ def _join(operation, result, tensors, dim=0):
     tangents = [
         t.tangents if isinstance(t, Pair) else t.new_zeros(1, *t.shape).expand(count, *t.shape) for t in tensors
     ]
-    join = _stacked if operation is aten.stack.default else operation
-    return Pair(result, join(tangents, _behind(dim)))
+    if operation is aten.cat.default:
+        return Pair(result, operation(tangents, _behind(dim)))
+    return Pair(result, _stack(tangents, _behind(dim), [0, *map(_behind, _stacking_order(tensors))]))
 
 
 @_rule(aten.copy.default)
@@ -175,7 +181,7 @@ def _copy(operation, result, x, source, non_blocking=False):
 
 STATISTICS.update(
     {
-        *(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default),  # the sum of the classes' weights
+        aten.nll_loss2d_forward.default,  # the sum of the classes' weights
         aten.native_batch_norm.default,  # whose backward in forward mode finds the tangents by itself
         aten.native_batch_norm_backward.default,  # gradients of a weight and a bias that there may not be
     }
@@ -517,12 +523,15 @@ def _reshaped(x: Tensor | None, *shape: int) -> Tensor | None:
     return None if x is None else x.reshape(shape)
 
 
-def _is_affine(x, weight, bias, mean, variance, training, *rest):
-    """Whether a batch normalisation uses statistics that are constants."""
-    return not training and isinstance(x, Pair) and not isinstance(mean, Pair) and not isinstance(variance, Pair)
+def _has_constant_statistics(mean, variance, training: bool) -> bool:
+    return not training and not isinstance(mean, Pair) and not isinstance(variance, Pair)
 
 
-@_rule(aten.native_batch_norm.default, serves=_is_affine, maps=True)
+@_rule(
+    aten.native_batch_norm.default,
+    serves=lambda x, weight, bias, *statistics_and_rest: _has_constant_statistics(*statistics_and_rest[:3]),
+    maps=True,
+)
 def _batch_norm(operation, results, x, weight, bias, mean, variance, training, momentum, eps):
     (x, x_t), (weight, weight_t), bias_t = parts(x), parts(weight), parts(bias)[1]
     inverse = (variance + eps).rsqrt()
@@ -531,11 +540,15 @@ def _batch_norm(operation, results, x, weight, bias, mean, variance, training, m
 
 @_rule(
     aten.native_batch_norm_backward.default,
-    serves=lambda grad, x, weight, mean, variance, save_mean, save_inverse, training, *rest: not training,
+    serves=lambda grad, x, weight, mean, variance, _mean, _inverse, training, *rest: _has_constant_statistics(
+        mean, variance, training
+    ),
     maps=True,
 )
 def _batch_norm_backward(operation, results, grad, x, weight, mean, variance, _mean, _inverse, training, eps, wanted):
     (grad, grad_t), (x, x_t), (weight, weight_t) = parts(grad), parts(x), parts(weight)
+    if grad_t is None and x_t is None and weight_t is None:  # as in layer normalisation
+        return results
     inverse = (variance + eps).rsqrt()
     tangents = batch_norm_backward_tangents(grad, x, mean, inverse, weight, grad_t, x_t, weight_t)
     return tuple(
