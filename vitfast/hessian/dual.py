@@ -42,22 +42,30 @@ class Dual(Tensor):
     """A tensor and K tangents of it.
 
     Attributes:
-        primal: the values.
-        tangents: (K, *shape).
+        pair: the values and their tangents.
         is_shared: whether a view of the same memory exists, so that a change in place would have to be seen elsewhere.
         recording: of the run that it is part of, None if there is none.
         place: what stands for it there.
     """
 
     @staticmethod
-    def __new__(cls, primal: Tensor, tangents: Tensor, recording: Recording | None = None, place: Pair | None = None):
-        return Tensor._make_wrapper_subclass(
+    def __new__(cls, pair: Pair, recording: Recording | None = None, place: Pair | None = None):
+        primal = pair.primal
+        self = Tensor._make_wrapper_subclass(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
         )
+        self.pair, self.is_shared, self.recording, self.place = pair, False, recording, place
+        return self
 
-    def __init__(self, primal: Tensor, tangents: Tensor, recording: Recording | None = None, place: Pair | None = None):
-        self.primal, self.tangents = primal, tangents.to(primal.dtype)
-        self.is_shared, self.recording, self.place = False, recording, place
+    @property
+    def primal(self) -> Tensor:
+        """The values."""
+        return self.pair.primal
+
+    @property
+    def tangents(self) -> Tensor:
+        """(K, *shape)."""
+        return self.pair.tangents
 
     def __repr__(self) -> str:
         return f"Dual({self.primal}, tangents={self.tangents})"
@@ -74,16 +82,16 @@ class Dual(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if operation in CONSTANTS:
-            return operation(*map(_primal, args), **kwargs)
-        if operation._schema.is_mutable:
+        kwargs, known = kwargs or {}, _known(operation)
+        if known.is_constant:
+            return operation(*mapped(_primal, args), **kwargs)
+        if known.is_mutable:
             plain = _not_in_place(operation)
             return _take_over(args[0], cls.__torch_dispatch__(plain, types, args, kwargs), operation)
-        if operation in COMPOSITES:
-            return COMPOSITES[operation](*args, **kwargs)
-        results = _with_tangents(operation, args, kwargs)
-        if _returns_views(operation):
+        if known.composite is not None:
+            return known.composite(*args, **kwargs)
+        results = _with_tangents(operation, known, args, kwargs)
+        if known.returns_views:
             for x in leaves_of((args, results)):
                 if isinstance(x, Dual):
                     x.is_shared = True
@@ -125,48 +133,64 @@ CONSTANTS: set[Any] = set()
 """Operations whose result depends on no values of their arguments. It is new in every run: somebody may fill it."""
 
 
-def _with_tangents(operation, args: tuple, kwargs: dict) -> Any:
+@dataclass(frozen=True)
+class _Known:
+    """What is known of an operation: all of the above, its schema, and what computes its primal results."""
+
+    is_constant: bool
+    is_mutable: bool
+    returns_views: bool
+    takes_lists: bool  # of tensors
+    composite: Callable | None
+    rule: Rule | None
+    primal: Callable
+
+
+@functools.cache
+def _known(operation) -> _Known:
+    schema = operation._schema
+    returns_views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    takes_lists = any("Tensor" in str(a.type) and "List" in str(a.type) for a in schema.arguments)
+    known = COMPOSITES.get(operation), RULES.get(operation), PRIMALS.get(operation, operation)
+    return _Known(operation in CONSTANTS, schema.is_mutable, returns_views, takes_lists, *known)
+
+
+def _with_tangents(operation, known: _Known, args: tuple, kwargs: dict) -> Any:
     """The results of an operation, by its rule or by transforms."""
-    recording = next((x.recording for x in leaves_of((args, *kwargs.values())) if isinstance(x, Dual)), None)
-    pairs, options = mapped(_pair, args), {name: mapped(_pair, value) for name, value in kwargs.items()}
-    rule = RULES.get(operation)
+    each = mapped if known.takes_lists else _each
+    rule, pairs, options = known.rule, each(_pair, args), {name: mapped(_pair, x) for name, x in kwargs.items()}
     if rule is None or (rule.serves is not None and not rule.serves(*pairs, **options)):
         function, first = by_transforms, (operation,)
     else:
-        primal = PRIMALS.get(operation, operation)(*map(_primal, args), **kwargs)
-        function, first = rule.function, (operation, primal)
+        function, first = rule.function, (operation, known.primal(*each(_primal, args), **kwargs))
     if function is by_transforms or rule.maps:
         with enable_reentrant_dispatch(), torch.no_grad():
             results = function(*first, *pairs, **options)
     else:
         results = function(*first, *pairs, **options)
-    if any(isinstance(x, Tensor) and x.is_complex() for x in leaves_of(results)):
-        raise Unsupported(f"{operation} returns complex numbers")
+    operands = leaves_of((args, *kwargs.values())) if known.takes_lists else (*args, *kwargs.values())
+    recording = next(x.recording for x in operands if isinstance(x, Dual))
     places: list[Pair] = []
 
     def dual(x: Any) -> Any:
         if not isinstance(x, Pair):
             return x
+        if x.tangents.dtype != x.primal.dtype:
+            x = Pair(x.primal, x.tangents.to(x.primal.dtype))
         if recording is None:
-            return Dual(x.primal, x.tangents)
+            return Dual(x)
         places.append(Pair(x.primal, None))
-        return Dual(x.primal, x.tangents, recording, places[-1])
+        return Dual(x, recording, places[-1])
 
     results = mapped(dual, results)
     if recording is not None:
-        args, kwargs = mapped(_place, args), {name: mapped(_place, value) for name, value in kwargs.items()}
+        args, kwargs = each(_place, args), {name: mapped(_place, value) for name, value in kwargs.items()}
         recording.add(function, (*first, *args), kwargs, places)
     return results
 
 
-@functools.cache
-def _returns_views(operation) -> bool:
-    """Whether a result may share memory with an argument."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
-
-
 def _pair(x: Any) -> Any:
-    return Pair(x.primal, x.tangents) if isinstance(x, Dual) else x
+    return x.pair if isinstance(x, Dual) else x
 
 
 def _place(x: Any) -> Any:
@@ -174,7 +198,11 @@ def _place(x: Any) -> Any:
 
 
 def _primal(x: Any) -> Any:
-    return mapped(lambda item: item.primal if isinstance(item, Dual) else item, x)
+    return x.pair.primal if isinstance(x, Dual) else x
+
+
+def _each(function: Callable[[Any], Any], args: tuple) -> list:
+    return [function(x) for x in args]
 
 
 def _not_in_place(operation):
@@ -193,7 +221,7 @@ def _take_over(x: Any, result: Dual, operation) -> Dual:
     alike = result.shape == x.shape and result.dtype == x.dtype and result.stride() == x.stride()
     if not isinstance(result, Dual) or not alike:
         raise Unsupported(f"{operation} changes a tensor in place to another layout")
-    x.primal, x.tangents, x.place = result.primal, result.tangents, result.place
+    x.pair, x.place = result.pair, result.place
     return x
 
 
@@ -296,7 +324,7 @@ def _gradient(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording:
         for leaf, leaf_t in zip(leaves, tangents, strict=True):
             primal = leaf.detach()
             place = None if recording is None else recording.input(primal)
-            duals.append(Dual(primal, leaf_t, recording, place).requires_grad_())
+            duals.append(Dual(Pair(primal, leaf_t.to(primal.dtype)), recording, place).requires_grad_())
         value = fn(tree_unflatten(duals, tree))
         if not value.requires_grad:
             return [None] * len(duals)

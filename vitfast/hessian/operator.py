@@ -118,12 +118,12 @@ class HessianOperator:
     @property
     def dtype(self) -> torch.dtype:
         """Of the vectors."""
-        return next(iter(self.parameters().values())).dtype
+        return self.model.get_parameter(self._names[0]).dtype
 
     @property
     def device(self) -> torch.device:
         """Of the vectors."""
-        return next(iter(self.parameters().values())).device
+        return self.model.get_parameter(self._names[0]).device
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters by name, detached, in the order in which a vector holds them."""
@@ -152,9 +152,7 @@ class HessianOperator:
         return total.add_(rows, alpha=self.weight_decay) if self.weight_decay else total
 
     def _rows_of_batch(self, rows: Tensor, chunk: int, index: int, inputs, targets) -> Tensor:
-        with self._fixed(index):
-            products = self._products_of(index, inputs, targets)
-        parts = []
+        products, parts = self._products_of(index, inputs, targets), []
         for some in rows.split(chunk):
             with self._fixed(index):
                 parts.append(batched(products, self.layout, some, chunk))
@@ -170,7 +168,8 @@ class HessianOperator:
         def outputs_of(p):
             return functional_call(self.model, p, (inputs,))
 
-        outputs, pull = vjp(outputs_of, params)
+        with self._fixed(index):
+            outputs, pull = vjp(outputs_of, params)
         gradient = grad(lambda out: self.loss_fn(out, targets))
 
         def product(v):

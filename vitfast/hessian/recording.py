@@ -47,9 +47,9 @@ def parts(x: Any) -> tuple[Any, Tensor | None]:
 
 def mapped(function: Callable[[Any], Any], x: Any) -> Any:
     """function of whatever is no list or tuple, in lists and tuples like those of x."""
-    if isinstance(x, (list, tuple)):
-        return type(x)([mapped(function, item) for item in x])
-    return function(x)
+    if not isinstance(x, (list, tuple)):
+        return function(x)
+    return type(x)([mapped(function, item) if isinstance(item, (list, tuple)) else function(item) for item in x])
 
 
 def leaves_of(x: Any) -> Iterator[Any]:
