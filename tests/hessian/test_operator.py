@@ -259,7 +259,7 @@ class Scaled(nn.Module):
         self.register_buffer("scale", torch.randn(4))
 
     def forward(self, x):
-        return self.linear(x) * self.scale.exp()
+        return self.linear(x.tanh()) * self.scale.exp()
 
 
 def changed_buffer(operator):
@@ -270,11 +270,15 @@ def transposed_weight(operator):
     operator.model.linear.weight.data = operator.model.linear.weight.data.t()
 
 
+def changed_data(operator):
+    operator._batches[0][1][0].mul_(2)
+
+
 def other_loss(operator):
     operator.loss_fn = lambda out, y: F.cross_entropy(out, y) ** 2
 
 
-@pytest.mark.parametrize("change", [changed_buffer, transposed_weight, other_loss])
+@pytest.mark.parametrize("change", [changed_buffer, transposed_weight, changed_data, other_loss])
 def test_kept_values_of_a_function_that_has_changed_are_made_anew(change):
     torch.manual_seed(0)
     model, batch = Scaled().double(), (torch.randn(5, 4, dtype=torch.float64), torch.randint(4, (5,)))

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close_to_reference
 
 from vitfast import reference
+from vitfast.ops import layers
 from vitfast.ops.layers import (
     Products,
     batch_norm_backward_tangents,
@@ -68,19 +69,6 @@ def test_layer_norm(channels, dtype, instruction_set):
     check(results, reference.layer_norm_backward_tangent, gradients, (grad, *primals))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("absent", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
-def test_absent_tangents_of_layer_norm(absent, weighted):
-    primals, grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(20, torch.float64, weighted)
-    output = [None if i in absent else t for i, t in enumerate((x_t, weight_t, bias_t))]
-    if any(t is not None for t in output):
-        check(layer_norm_tangents(*primals, *output), reference.layer_norm_tangent, output, primals)
-    gradients = [None if i in absent else t for i, t in enumerate((grad_t, x_t, weight_t))]
-    if any(t is not None for t in gradients):
-        results = layer_norm_backward_tangents(grad, *primals, *gradients)
-        check(results, reference.layer_norm_backward_tangent, gradients, (grad, *primals))
-
-
 def test_reference_of_layer_norm_is_its_derivative():
     """The formulas themselves, against PyTorch's forward mode of its own layer normalisation and of its backward."""
     (x, mean, inverse, weight), grad, grad_t, x_t, weight_t, bias_t = layer_norm_case(9, torch.float64)
@@ -135,15 +123,18 @@ def test_batch_norm(shape, last, dtype, instruction_set):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("absent", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
-def test_absent_tangents_of_batch_norm(absent, weighted):
-    primals, grad, grad_t, x_t, weight_t, bias_t = batch_norm_case((2, 20, 3, 3), torch.float64, weighted=weighted)
+@pytest.mark.parametrize("name", ["layer_norm", "batch_norm"])
+def test_absent_tangents(name, absent, weighted):
+    case = {"layer_norm": (layer_norm_case, 20), "batch_norm": (batch_norm_case, (2, 20, 3, 3))}[name]
+    primals, grad, grad_t, x_t, weight_t, bias_t = case[0](case[1], torch.float64, weighted=weighted)
     output = [None if i in absent else t for i, t in enumerate((x_t, weight_t, bias_t))]
     if any(t is not None for t in output):
-        check(batch_norm_tangents(*primals, *output), reference.batch_norm_tangent, output, primals)
+        results = getattr(layers, f"{name}_tangents")(*primals, *output)
+        check(results, getattr(reference, f"{name}_tangent"), output, primals)
     gradients = [None if i in absent else t for i, t in enumerate((grad_t, x_t, weight_t))]
     if any(t is not None for t in gradients):
-        results = batch_norm_backward_tangents(grad, *primals, *gradients)
-        check(results, reference.batch_norm_backward_tangent, gradients, (grad, *primals))
+        results = getattr(layers, f"{name}_backward_tangents")(grad, *primals, *gradients)
+        check(results, getattr(reference, f"{name}_backward_tangent"), gradients, (grad, *primals))
 
 
 def test_reference_of_batch_norm_is_its_derivative():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_flatten
 
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import bytes_of_vector, fitting_chunk, hold_freed_memory, release_freed_memory
@@ -51,9 +52,9 @@ class HessianOperator:
         chunk: vectors at a time; None for as many as the free memory allows.
         keep_primals: keeps all values that lead to the gradient of every batch. Later products compute tangents only,
             and call neither the model nor ``loss_fn``: single vectors take two thirds of the time, for the memory of
-            all these values. They are made anew when parameters, buffers, modes or ``loss_fn`` have changed, as far as
-            PyTorch counts changes: ``p.data.mul_(2)`` it does not, nor what a module or ``loss_fn`` has beside them.
-            With "hessian" only.
+            all these values. They are made anew when parameters, buffers, modes, data or ``loss_fn`` have changed, as
+            far as PyTorch counts changes: ``p.data.mul_(2)`` it does not, nor what a module or ``loss_fn`` has beside
+            them. With "hessian" only.
         progress: a bar over batches, by tqdm.
         seed: of frozen dropout.
 
@@ -163,7 +164,7 @@ class HessianOperator:
         params = self.parameters()
         loss = self._loss_of(inputs, targets)
         if self.curvature == "hessian":
-            return hessian_products(loss, params, self._recording_of(index), self._way)
+            return hessian_products(loss, params, self._recording_of(index, (inputs, targets)), self._way)
 
         def outputs_of(p):
             return functional_call(self.model, p, (inputs,))
@@ -178,11 +179,12 @@ class HessianOperator:
 
         return mapped(product)
 
-    def _recording_of(self, index: int) -> Recording | None:
-        """What is kept of a batch, if the model is still the same."""
+    def _recording_of(self, index: int, batch: tuple) -> Recording | None:
+        """What is kept of a batch, if the model and the batch are still the same."""
         if self._kept is None:
             return None
-        tensors = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
+        data = (t for t in tree_flatten(batch)[0] if isinstance(t, Tensor))
+        tensors = [t.detach() for t in (*self.model.parameters(), *self.model.buffers(), *data)]
         state = self._state(tensors)
         before, _, recording = self._kept.get(index, (None, None, None))
         if before != state:

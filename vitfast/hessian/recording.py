@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pair", "Recording", "mapped", "pair", "pairs_in", "parts"]
+__all__ = ["Pair", "Recording", "leaves_of", "mapped", "pair", "pairs_in", "parts", "version_of"]
 
 
 class Pair:
