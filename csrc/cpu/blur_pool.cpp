@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "blur_pool_maps.h"
@@ -19,13 +19,9 @@
 namespace vitfast {
 namespace {
 
-using cpu::BlurBlock;
 using cpu::BlurCall;
 using cpu::BlurMatrix;
-using cpu::BlurSeries;
-using cpu::BlurSteps;
-using cpu::BlurStrip;
-using cpu::BlurStrips;
+using cpu::BlurRows;
 using cpu::BlurTap;
 using torch::headeronly::ScalarType;
 
@@ -144,147 +140,59 @@ BlurMatrix transposed(const BlurMatrix& matrix, int64_t inputs) {
   return result;
 }
 
-// ---- outputs with the same taps ------------------------------------------------------------------------------------
+// ---- the order of rows ---------------------------------------------------------------------------------------------
 
-// How many inputs further the taps of output b lie than those of a, or 0 if they differ in anything else.
-int64_t step_between(const BlurMatrix& matrix, int64_t a, int64_t b) {
-  const std::vector<int64_t>& begin = matrix.begin;
-  const int64_t count = begin[a + 1] - begin[a];
-  const BlurTap *from = matrix.taps.data() + begin[a], *to = matrix.taps.data() + begin[b];
-  if (count == 0 || begin[b + 1] - begin[b] != count) return 0;
-  const int64_t step = to->from - from->from;
-  const bool alike = std::equal(from, from + count, to, [step](const BlurTap& x, const BlurTap& y) {
-    return y.from - x.from == step && y.line == x.line && y.weight == x.weight;
-  });
-  return alike ? std::max<int64_t>(step, 0) : 0;
-}
-
-// Appends the series of outputs [first, last); every `period`-th is likely to have the same taps.
-void add_series(const BlurMatrix& matrix, int64_t first, int64_t last, int64_t period,
-                std::vector<BlurSeries>& series) {
-  for (int64_t phase = first; phase < std::min(first + period, last); ++phase) {
-    for (int64_t o = phase; o < last;) {
-      BlurSeries next{o, 1, 0};
-      for (int64_t other = o + period; other < last; other += period) {
-        const int64_t step = step_between(matrix, other - period, other);
-        if (step == 0 || (next.count > 1 && step != next.step)) break;
-        next.step = step;
-        ++next.count;
-      }
-      series.push_back(next);
-      o += next.count * period;
-    }
-  }
-}
-
-// ---- the matrices for columns in blocks ----------------------------------------------------------------------------
-
-// `block` outputs make a block.
-std::vector<BlurBlock> blocks_of(const std::vector<BlurMatrix>& columns, int64_t outputs, int64_t block,
-                                 int64_t period) {
-  std::vector<BlurBlock> blocks;
-  for (int64_t first = 0; first < outputs; first += block) {
-    BlurBlock next{first, std::min(first + block, outputs), 0, 0, {}};
-    int64_t from = std::numeric_limits<int64_t>::max();
-    for (const BlurMatrix& line : columns) {
-      for (int64_t i = line.begin[first]; i < line.begin[next.last]; ++i) {
-        from = std::min(from, line.taps[i].from);
-        next.until = std::max(next.until, line.taps[i].from + 1);
-      }
-      add_series(line, first, next.last, period, next.series.emplace_back());
-    }
-    next.from = std::min(from, next.until);
-    blocks.push_back(std::move(next));
-  }
-  return blocks;
-}
-
-// ---- the matrix for rows as steps ----------------------------------------------------------------------------------
-
-// `strip` outputs make a strip, `group` a group; `inputs` rows with `lines` lines each may be wanted.
-BlurSteps steps_of(const BlurMatrix& matrix, int64_t inputs, int64_t lines, int64_t strip, int64_t group) {
-  const int64_t outputs = static_cast<int64_t>(matrix.begin.size()) - 1;
-  BlurSteps steps;
-  const auto id_of = [&](const BlurTap& tap) { return tap.from * lines + tap.line; };
-  std::vector<int64_t> slot_of(inputs * lines, -1);    // of a row and line
-  std::vector<int64_t> wanted_by(inputs * lines, -1);  // the last group that wanted it
-  for (int64_t start = 0; start < outputs; start += strip) {
-    steps.strips.push_back(static_cast<int64_t>(steps.groups.size()));
-    std::fill(slot_of.begin(), slot_of.end(), -1);
-    std::vector<int64_t> held;  // what is in the slots
-    const int64_t stop = std::min(start + strip, outputs);
+// `strip` outputs make a strip, `group` a group.
+BlurRows rows_of(BlurMatrix matrix, int64_t strip, int64_t group) {
+  BlurRows rows;
+  for (int64_t start = 0; start < matrix.outputs(); start += strip) {
+    rows.strips.push_back(static_cast<int64_t>(rows.groups.size()));
+    const int64_t stop = std::min(start + strip, matrix.outputs());
     for (int64_t first = start; first < stop; first += group) {
-      const int64_t last = std::min(first + group, stop), begin = static_cast<int64_t>(steps.loads.size());
-      const int64_t number = static_cast<int64_t>(steps.groups.size());
-      const auto taps = [&](auto use) {
-        for (int64_t i = matrix.begin[first]; i < matrix.begin[last]; ++i) use(matrix.taps[i]);
-      };
-      taps([&](const BlurTap& tap) { wanted_by[id_of(tap)] = number; });
-      size_t victim = 0;
-      taps([&](const BlurTap& tap) {
-        const int64_t id = id_of(tap);
-        if (slot_of[id] >= 0) return;
-        while (victim < held.size() && wanted_by[held[victim]] == number) ++victim;
+      rows.groups.push_back({first, std::min(first + group, stop), 0, 0});
+    }
+  }
+  rows.strips.push_back(static_cast<int64_t>(rows.groups.size()));
+  rows.matrix = std::move(matrix);
+  return rows;
+}
+
+// Gives every row that a group of outputs needs a slot, if it has none yet.
+void prepare_rows(BlurRows& rows, int64_t inputs) {
+  std::vector<int64_t> slot_of(inputs, -1);    // of a row
+  std::vector<int64_t> wanted_by(inputs, -1);  // the last group that wanted it
+  std::vector<int64_t> held;                   // what is in the slots
+  size_t next_strip = 0;
+  for (int64_t g = 0; g < static_cast<int64_t>(rows.groups.size()); ++g) {
+    if (g == rows.strips[next_strip]) {
+      ++next_strip;
+      std::fill(slot_of.begin(), slot_of.end(), -1);
+      held.clear();
+    }
+    BlurRows::Group& group = rows.groups[g];
+    group.begin = static_cast<int64_t>(rows.loads.size());
+    const int64_t begin = rows.matrix.begin[group.first], end = rows.matrix.begin[group.last];
+    for (int64_t i = begin; i < end; ++i) wanted_by[rows.matrix.taps[i].from] = g;
+    size_t victim = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      BlurTap& tap = rows.matrix.taps[i];
+      int64_t& slot = slot_of[tap.from];
+      if (slot < 0) {
+        while (victim < held.size() && wanted_by[held[victim]] == g) ++victim;
         if (victim == held.size()) {
-          held.push_back(id);
+          held.push_back(tap.from);
         } else {
           slot_of[held[victim]] = -1;
-          held[victim] = id;
+          held[victim] = tap.from;
         }
-        slot_of[id] = static_cast<int64_t>(victim);
-        steps.loads.push_back({tap.from, tap.line, slot_of[id]});
-      });
-      for (int64_t o = first; o < last; ++o) {
-        steps.begin.push_back(static_cast<int64_t>(steps.taps.size()));
-        for (int64_t i = matrix.begin[o]; i < matrix.begin[o + 1]; ++i) {
-          steps.taps.push_back({slot_of[id_of(matrix.taps[i])], matrix.taps[i].weight});
-        }
-        steps.most_taps = std::max(steps.most_taps, matrix.begin[o + 1] - matrix.begin[o]);
+        slot = static_cast<int64_t>(victim);
+        rows.loads.push_back({tap.from, slot});
       }
-      const int64_t end = static_cast<int64_t>(steps.loads.size());
-      steps.groups.push_back({first, last, begin, end});
+      tap.from = slot;
     }
-    steps.slots = std::max(steps.slots, static_cast<int64_t>(held.size()));
+    group.end = static_cast<int64_t>(rows.loads.size());
+    rows.slots = std::max(rows.slots, static_cast<int64_t>(held.size()));
   }
-  steps.strips.push_back(static_cast<int64_t>(steps.groups.size()));
-  steps.begin.push_back(static_cast<int64_t>(steps.taps.size()));
-  return steps;
-}
-
-// ---- the matrix for rows in strips ---------------------------------------------------------------------------------
-
-// `strip` outputs make a strip; every `period`-th output is likely to have the same taps.
-BlurStrips strips_of(const BlurMatrix& matrix, int64_t inputs, int64_t strip, int64_t period) {
-  const int64_t outputs = static_cast<int64_t>(matrix.begin.size()) - 1;
-  BlurStrips strips;
-  strips.matrix.begin = matrix.begin;
-  strips.period = period;
-  for (int64_t o = 0; o < outputs; ++o) {
-    strips.most_taps = std::max(strips.most_taps, matrix.begin[o + 1] - matrix.begin[o]);
-  }
-  std::vector<int64_t> place(inputs);  // of a row among those of the strip
-  for (int64_t first = 0; first < outputs; first += strip) {
-    BlurStrip next{first, std::min(first + strip, outputs), 0, 0, {}, 0};
-    std::vector<bool> needed(inputs, strip >= outputs);  // a strip that is all of the map takes it as it is
-    for (int64_t i = matrix.begin[first]; i < matrix.begin[next.last]; ++i) needed[matrix.taps[i].from] = true;
-    for (int64_t row = 0; row < inputs; ++row) {
-      if (!needed[row]) continue;
-      if (row == 0 || !needed[row - 1]) next.runs.push_back({row, 0});
-      ++next.runs.back().rows;
-      place[row] = next.rows++;
-    }
-    for (int64_t i = matrix.begin[first]; i < matrix.begin[next.last]; ++i) {
-      const BlurTap& tap = matrix.taps[i];
-      strips.matrix.taps.push_back({place[tap.from], tap.line, tap.weight});
-    }
-    next.first_series = static_cast<int64_t>(strips.series.size());
-    add_series(strips.matrix, next.first, next.last, period, strips.series);
-    next.last_series = static_cast<int64_t>(strips.series.size());
-    strips.most_rows = std::max(strips.most_rows, next.rows);
-    strips.most_outputs = std::max(strips.most_outputs, next.outputs());
-    strips.strips.push_back(std::move(next));
-  }
-  return strips;
 }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
@@ -299,9 +207,9 @@ Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before,
   return {size, outputs, stride, before, after, static_cast<BlurPadding>(mode)};
 }
 
-// The blur of a (batch, channels, height, width) map; without its tensors.
+// The blur of a (batch, channels, height, width) map, or its transpose; without its tensors.
 BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel, const Options& options,
-                 bool channels_last, bool transpose) {
+                 const cpu::BlurPrologue& prologue, bool channels_last, bool transpose) {
   check_blur_kernel(kernel);
   check_blur(options.stride.size() == 2 && options.padding.size() == 4, "stride takes 2 numbers, padding 4");
   const auto& [stride, padding, mode] = options;
@@ -312,8 +220,7 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   BlurCall call{};
   call.storage = cpu::storage_of(like.scalar_type());
   call.channels_last = channels_last;
-  call.transpose = transpose;
-  call.column_step = transpose ? 1 : stride[1];
+  call.prologue = prologue;
   call.column_period = transpose ? stride[1] : 1;
   call.batch = like.size(0);
   call.channels = like.size(1);
@@ -332,28 +239,26 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   const int64_t least_rows = channels_last ? 8 : 16, maps = channels_last ? call.batch : call.batch * call.channels;
   const int64_t strips =
       std::clamp<int64_t>(kTasks / std::max<int64_t>(maps, 1), 1, std::max<int64_t>(call.out_height / least_rows, 1));
-  const int64_t strip = (call.out_height + strips - 1) / strips;
-  int64_t block = call.out_width;
-  if (channels_last) {
-    call.rows = steps_of(matrix, call.in_height, static_cast<int64_t>(call.columns.size()), strip, 1);
-    const int64_t period = call.column_period, step = call.column_step;
-    block =
-        std::max<int64_t>(cpu::kBlockValues / std::max<int64_t>(call.channels, 1) / std::max(period, step), 1) * period;
-  } else {
-    const int64_t fitting = std::max(cpu::kStripValues / std::max(call.in_width, call.out_width), least_rows);
-    call.strips = strips_of(matrix, call.in_height, std::min(strip, fitting), transpose ? stride[0] : 1);
+  int64_t strip = (call.out_height + strips - 1) / strips, group = 1;
+  if (!channels_last) {
+    const int64_t width_of_both = std::max(call.in_width, call.out_width);
+    group = strip = std::min(strip, std::max(cpu::kStripValues / width_of_both, least_rows));
   }
-  call.blocks = blocks_of(call.columns, call.out_width, block, call.column_period);
+  call.rows = rows_of(std::move(matrix), strip, group);
+  // A row takes part in several outputs: not worth a buffer for what is cheap.
+  const bool wide = call.storage == cpu::Storage::kFloat32 || call.storage == cpu::Storage::kFloat64;
+  call.prepared = !wide || (!transpose && prologue.activation == BlurActivation::kTanhRelu);
+  if (call.prepared) prepare_rows(call.rows, call.in_height);
   return call;
 }
 
-void set_prologue(BlurCall& call, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                  int64_t activation, double temperature, ScalarType dtype) {
+cpu::BlurPrologue prologue_of(const Tensor& like, const std::optional<Tensor>& scale,
+                              const std::optional<Tensor>& shift, int64_t activation, double temperature) {
+  check_blur(like.dim() == 4, "a map must be (B, C, H, W)");
   check_blur(0 <= activation && activation <= 3, "activation is unknown");
-  call.prologue.activation = static_cast<BlurActivation>(activation);
-  call.prologue.temperature = temperature;
-  call.prologue.scale = per_channel(scale, call.channels, cpu::compute_dtype(dtype));
-  call.prologue.shift = per_channel(shift, call.channels, cpu::compute_dtype(dtype));
+  const ScalarType dtype = cpu::compute_dtype(like.scalar_type());
+  return {static_cast<BlurActivation>(activation), temperature, per_channel(scale, like.size(1), dtype),
+          per_channel(shift, like.size(1), dtype)};
 }
 
 bool empty(const Tensor& x) { return x.numel() == 0; }
@@ -365,8 +270,9 @@ Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std
                        int64_t activation, double temperature) {
   const bool channels_last = is_channels_last(x);
   check_map(x, channels_last);
-  BlurCall call = call_of(x, x.size(2), x.size(3), kernel, {stride, padding, padding_mode}, channels_last, false);
-  set_prologue(call, scale, shift, activation, temperature, x.scalar_type());
+  const cpu::BlurPrologue prologue = prologue_of(x, scale, shift, activation, temperature);
+  const Options options{stride, padding, padding_mode};
+  BlurCall call = call_of(x, x.size(2), x.size(3), kernel, options, prologue, channels_last, false);
   const Tensor out = cpu::on_huge_pages(new_map(x, call.out_height, call.out_width, channels_last));
   call.in = x.data_ptr();
   call.out = out.data_ptr();
@@ -383,9 +289,10 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
   const bool channels_last = is_channels_last(leading);
   check_map(grad, channels_last);
   check_blur(size.size() == 2, "size must be the height and width of x");
-  BlurCall call = call_of(grad, size[0], size[1], kernel, {stride, padding, padding_mode}, channels_last, true);
+  const cpu::BlurPrologue prologue = prologue_of(grad, scale, shift, activation, temperature);
+  const Options options{stride, padding, padding_mode};
+  BlurCall call = call_of(grad, size[0], size[1], kernel, options, prologue, channels_last, true);
   check_blur(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
-  set_prologue(call, scale, shift, activation, temperature, grad.scalar_type());
   const Tensor grad_x = cpu::on_huge_pages(new_map(grad, size[0], size[1], channels_last));
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();

@@ -1,4 +1,4 @@
-// What the kernels of blur pooling share: the prologue and its derivative, and weighted sums of rows.
+// What the kernels of blur pooling share: the matrix for rows, and the prologue with its derivative.
 #pragma once
 
 #include "cpu/blur_pool.h"
@@ -9,12 +9,29 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
-// ---- the prologue and its derivative --------------------------------------------------------------------------------
+// ---- the matrix for rows, in the type that is computed in ----------------------------------------------------------
 
 template <class T>
-inline Vec<T> relu(Vec<T> z) {
-  return max<T>(Vec<T>{}, z);  // NaN stays
-}
+struct BlurRowTaps {
+  struct Tap {
+    int64_t at;  // where the row begins, in an image (or plane) or among the slots
+    int64_t line;
+    T weight;
+  };
+  std::vector<int64_t> begin;
+  std::vector<Tap> taps;
+
+  // `row_size` values lie between the beginnings of two rows.
+  BlurRowTaps(const BlurMatrix& matrix, int64_t row_size) : begin(matrix.begin) {
+    for (const BlurTap& tap : matrix.taps) {
+      taps.push_back({tap.from * row_size, tap.line, static_cast<T>(tap.weight)});
+    }
+  }
+  const Tap* first(int64_t output) const { return taps.data() + begin[output]; }
+  const Tap* last(int64_t output) const { return taps.data() + begin[output + 1]; }
+};
+
+// ---- the prologue and its derivative --------------------------------------------------------------------------------
 
 // tanh(a) for a >= 0.
 inline Vec<float> tanh_nonnegative(Vec<float> a) {
@@ -31,138 +48,92 @@ inline Vec<double> tanh_nonnegative(Vec<double> a) {
   return a;
 }
 
-template <class T, BlurActivation kActivation>
-inline Vec<T> activate(Vec<T> z, T temperature) {
-  if constexpr (kActivation == BlurActivation::kNone) return z;
-  if constexpr (kActivation == BlurActivation::kRelu) return relu<T>(z);
-  if constexpr (kActivation == BlurActivation::kRelu6) {
-    const Vec<T> positive = relu<T>(z);
-    return positive > T{6} ? broadcast(T{6}) : positive;
-  }
-  if constexpr (kActivation == BlurActivation::kTanhRelu) {
-    return temperature * tanh_nonnegative(relu<T>(z) / temperature);
-  }
+// Where one of the operands is NaN, the second.
+template <class T>
+inline Vec<T> min(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
 }
 
-// The derivative at z times g, as PyTorch has it where there is none.
-template <class T, BlurActivation kActivation>
-inline Vec<T> activate_backward(Vec<T> z, Vec<T> g, T temperature) {
-  constexpr Vec<T> zero{};
-  if constexpr (kActivation == BlurActivation::kNone) return g;
-  if constexpr (kActivation == BlurActivation::kRelu) return z <= zero ? zero : g;
-  if constexpr (kActivation == BlurActivation::kRelu6) {
-    const Vec<T> below = z <= zero ? zero : g;
-    return z >= T{6} ? zero : below;
+// An activation and its derivative. All but kTanhRelu keep z between bounds, of which those that do not exist are NaN.
+template <class T>
+class BlurActivate {
+ public:
+  explicit BlurActivate(const BlurPrologue& prologue)
+      : is_tanh_(prologue.activation == BlurActivation::kTanhRelu),
+        has_high_(prologue.activation == BlurActivation::kRelu6),
+        temperature_(static_cast<T>(prologue.temperature)) {
+    constexpr T kNone = std::numeric_limits<T>::quiet_NaN();
+    low_ = broadcast(prologue.activation == BlurActivation::kNone ? kNone : T{0});
+    high_ = broadcast(has_high_ ? T{6} : kNone);
   }
-  if constexpr (kActivation == BlurActivation::kTanhRelu) {
-    const Vec<T> t = tanh_nonnegative(relu<T>(z) / temperature);
-    return z <= zero ? zero : g * (1 - t * t);
+
+  Vec<T> operator()(Vec<T> z) const {
+    if (!is_tanh_) return clamp(z);
+    return temperature_ * tanh_nonnegative(clamp(z) / temperature_);
   }
-}
-
-template <BlurActivation kActivation>
-using ActivationTag = std::integral_constant<BlurActivation, kActivation>;
-
-template <class F>
-inline void with_activation(BlurActivation activation, F f) {
-  switch (activation) {
-    case BlurActivation::kNone:
-      return f(ActivationTag<BlurActivation::kNone>{});
-    case BlurActivation::kRelu:
-      return f(ActivationTag<BlurActivation::kRelu>{});
-    case BlurActivation::kRelu6:
-      return f(ActivationTag<BlurActivation::kRelu6>{});
-    case BlurActivation::kTanhRelu:
-      return f(ActivationTag<BlurActivation::kTanhRelu>{});
+  // The same for all but kTanhRelu. NaN stays.
+  Vec<T> clamp(Vec<T> z) const {
+    z = max<T>(low_, z);
+    return has_high_ ? min<T>(high_, z) : z;
   }
-}
 
-// ---- weighted sums of rows ------------------------------------------------------------------------------------------
-
-// Calls f with the number of taps as a constant, or with 0 where it is none of the most frequent.
-template <class F>
-inline void with_taps(int64_t taps, F f) {
-  switch (taps) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 3:
-      return f(std::integral_constant<int, 3>{});
-    case 4:
-      return f(std::integral_constant<int, 4>{});
-    default:
-      return f(std::integral_constant<int, 0>{});
+  // The derivative at z times g, as PyTorch has it where there is none.
+  template <bool kTanh>
+  Vec<T> backward(Vec<T> z, Vec<T> g) const {
+    if constexpr (kTanh) {
+      const Vec<T> t = tanh_nonnegative(clamp(z) / temperature_);
+      g = g * (1 - t * t);
+    }
+    g = z <= low_ ? Vec<T>{} : g;
+    if (has_high_) g = z >= high_ ? Vec<T>{} : g;
+    return g;
   }
-}
 
-// As many sums of the same weights: in all rows, each begins `step` values further than the one before, and what it
-// gives `to_step` further.
-struct Repeat {
-  int64_t count = 1, step = 0, to_step = 0;
+ private:
+  bool is_tanh_, has_high_;
+  T temperature_;
+  Vec<T> low_, high_;
 };
 
-// Calls put(place, weighted sum of rows, lanes that count) for every vector of [0, length), `inner` times, and all of
-// that `outer` times.
-template <class T, int kTaps, class Put>
-inline void combine_taps(const T* const* rows, const T* weights, int64_t length, Repeat inner, Repeat outer, Put put) {
-  const T* row[kTaps];
-  Vec<T> weight[kTaps];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTaps; ++t) row[t] = rows[t], weight[t] = broadcast(weights[t]);
-  const auto advance = [&](int64_t step) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTaps; ++t) row[t] += step;
-  };
-  const auto sum_at = [&](auto load_at) {
-    Vec<T> sum = weight[0] * load_at(row[0]);
-#pragma GCC unroll 4
-    for (int t = 1; t < kTaps; ++t) sum = sum + weight[t] * load_at(row[t]);
-    return sum;
-  };
-  const int64_t whole = length / kLanes<T> * kLanes<T>;
-  for (int64_t o = 0; o < outer.count; ++o) {
-    int64_t to = o * outer.to_step;
-    for (int64_t i = 0; i < inner.count; ++i) {
-      for (int64_t j = 0; j < whole; j += kLanes<T>) {
-        put(to + j, sum_at([&](const T* p) { return load(p + j); }), int64_t{kLanes<T>});
-      }
-      if (whole < length) {
-        const Vec<T> last = sum_at([&](const T* p) { return load_partial(p + whole, length - whole); });
-        put(to + whole, last, length - whole);
-      }
-      advance(inner.step);
-      to += inner.to_step;
+// What becomes of the input before it is added up, and of an output.
+enum class BlurMode {
+  kPlain,         // both are taken as they are
+  kClamp,         // the prologue is applied to the input: any but kTanhRelu
+  kGradient,      // an output is the gradient of u, from which that of x and of the sums come: for the same prologues
+  kTanhGradient,  // likewise, for kTanhRelu
+};
+
+constexpr bool is_gradient(BlurMode mode) { return mode == BlurMode::kGradient || mode == BlurMode::kTanhGradient; }
+
+// Calls f with the mode of a call as a constant.
+template <class S, class F>
+inline void with_mode(const BlurCall& call, F f) {
+  if (call.primal != nullptr) {
+    if (call.prologue.activation == BlurActivation::kTanhRelu) {
+      return f(std::integral_constant<BlurMode, BlurMode::kTanhGradient>{});
     }
-    advance(outer.step - inner.count * inner.step);
+    return f(std::integral_constant<BlurMode, BlurMode::kGradient>{});
   }
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (!call.prepared && call.prologue.any()) return f(std::integral_constant<BlurMode, BlurMode::kClamp>{});
+  }
+  f(std::integral_constant<BlurMode, BlurMode::kPlain>{});
 }
 
-template <class T, class Put>
-inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Repeat inner, Repeat outer,
-                    Put put) {
-  with_taps(taps, [&](auto count) {
-    if constexpr (count > 0) {
-      return combine_taps<T, count>(rows, weights, length, inner, outer, put);
-    }
-    // None, where there is nothing but zeros of the margin, or many.
-    for (int64_t o = 0; o < outer.count; ++o) {
-      for (int64_t i = 0; i < inner.count; ++i) {
-        const int64_t from = o * outer.step + i * inner.step, to = o * outer.to_step + i * inner.to_step;
-        for (int64_t j = 0; j < length; j += kLanes<T>) {
-          Vec<T> sum{};
-          for (int64_t t = 0; t < taps; ++t) sum = sum + weights[t] * load_up_to(rows[t] + from + j, length - j);
-          put(to + j, sum, std::min<int64_t>(length - j, kLanes<T>));
-        }
-      }
-    }
-  });
-}
+// A value for each channel: all of them `otherwise` where there are none.
+template <class T>
+class BlurChannels {
+ public:
+  BlurChannels(const void* values, T otherwise) : values_(static_cast<const T*>(values)), otherwise_(otherwise) {}
+  Vec<T> of(int64_t channel) const { return broadcast(values_ == nullptr ? otherwise_ : values_[channel]); }
+  Vec<T> from(int64_t channel, int64_t lanes) const {
+    return values_ == nullptr ? broadcast(otherwise_) : load_up_to(values_ + channel, lanes);
+  }
 
-template <class T, class Put>
-inline void combine(const T* const* rows, const T* weights, int64_t taps, int64_t length, Put put) {
-  combine(rows, weights, taps, length, {}, {}, put);
-}
+ private:
+  const T* values_;
+  T otherwise_;
+};
 
 // ---- results that no cache will hold -------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
 // Blur pooling and its transpose of channels-last maps, whose rows lie across the vector.
 //
-// Every row of the input is blurred along its columns once, into a slot: a pixel is a weighted sum of pixels. A row of
-// the output is a weighted sum of slots. So nothing but the map itself goes through memory, for any padding: rows that
-// reflect at an edge are in a slot anyway. A block of neighbouring pixels goes down all rows before the next one does,
-// so that the slots stay in the first level, and still memory is read and written some KiB at a time.
+// An output is a weighted sum of columns, and a column one of pixels that lie below each other, in the rows that the
+// matrix for rows names. Some channels go along a row of outputs at once: of columns that neighbouring outputs share
+// each is computed once, and held in registers. Nothing is written but the output.
 #pragma once
 
 #include "cpu/blur_pool_common.h"
@@ -11,22 +10,79 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
+// Outputs of a row: the first, and every `period`-th after it, whose inputs lie `step` further each time.
+template <class T>
+struct BlurSlide {
+  struct Tap {
+    int64_t from, line;
+    T weight;
+  };
+  int64_t first, count, step;
+  bool neighbours;  // whether the taps are neighbours, all of one line
+  std::vector<Tap> taps;
+};
+
+// How much further the inputs of output b lie than those of output a, or 0 if the taps differ in anything else.
+inline int64_t step_between(const std::vector<BlurMatrix>& columns, int64_t a, int64_t b) {
+  int64_t step = 0;
+  for (const BlurMatrix& matrix : columns) {
+    const int64_t count = matrix.taps_of(a);
+    if (matrix.taps_of(b) != count) return 0;
+    const BlurTap *from = matrix.taps.data() + matrix.begin[a], *to = matrix.taps.data() + matrix.begin[b];
+    for (int64_t t = 0; t < count; ++t) {
+      if (step == 0) step = to[t].from - from[t].from;
+      if (to[t].from - from[t].from != step || to[t].weight != from[t].weight) return 0;
+    }
+  }
+  return std::max<int64_t>(step, 0);
+}
+
+template <class T>
+inline std::vector<BlurSlide<T>> slides_of(const BlurCall& call) {
+  const std::vector<BlurMatrix>& columns = call.columns;
+  const int64_t period = call.column_period;
+  std::vector<BlurSlide<T>> slides;
+  for (int64_t phase = 0; phase < std::min(period, call.out_width); ++phase) {
+    for (int64_t o = phase; o < call.out_width; o += period) {
+      if (!slides.empty() && o > phase) {
+        BlurSlide<T>& slide = slides.back();
+        const int64_t step = step_between(columns, o - period, o);
+        if (step > 0 && (slide.count == 1 || step == slide.step)) {
+          slide.step = step;
+          ++slide.count;
+          continue;
+        }
+      }
+      BlurSlide<T> slide{o, 1, 0, columns.size() == 1, {}};
+      for (int64_t line = 0; line < static_cast<int64_t>(columns.size()); ++line) {
+        for (int64_t i = columns[line].begin[o]; i < columns[line].begin[o + 1]; ++i) {
+          const BlurTap& tap = columns[line].taps[i];
+          slide.neighbours = slide.neighbours && (slide.taps.empty() || tap.from == slide.taps.back().from + 1);
+          slide.taps.push_back({tap.from, line, static_cast<T>(tap.weight)});
+        }
+      }
+      slides.push_back(std::move(slide));
+    }
+  }
+  return slides;
+}
+
 template <class S>
 class BlurPixels {
   using T = Compute<S>;
   static constexpr int64_t kVector = kLanes<T>;
+  static constexpr int kVectors = VITFAST_VECTOR_BYTES == 64 ? 4 : 2;  // that go along a row at once
 
  public:
-  explicit BlurPixels(const BlurCall& call) : call_(call), streamed_(is_streamed<S>(call)) {
-    pixel_ = (call.channels + kVector - 1) / kVector * kVector;
-    taps_ = call.rows.most_taps;
-    for (const BlurMatrix& matrix : call.columns) {
-      for (int64_t o = 0; o < call.out_width; ++o) taps_ = std::max(taps_, matrix.begin[o + 1] - matrix.begin[o]);
-    }
-    for (const BlurBlock& block : call.blocks) {
-      slot_size_ = std::max(slot_size_, block.outputs() * pixel_);
-      line_size_ = std::max(line_size_, std::max(block.inputs(), block.outputs()) * pixel_);
-    }
+  BlurPixels(const BlurCall& call, const BlurRowTaps<T>& rows, const std::vector<BlurSlide<T>>& slides)
+      : call_(call),
+        rows_(rows),
+        slides_(slides),
+        channels_(call.channels),
+        streamed_(is_streamed<S>(call) && channels_ % kVector == 0 && is_aligned(static_cast<const T*>(call.out))),
+        activate_(call.prologue),
+        scale_(call.prologue.scale, T{1}),
+        shift_(call.prologue.shift, T{0}) {
     Arena count;
     place(count);
     bytes_ = count.used();
@@ -41,234 +97,262 @@ class BlurPixels {
 
   void run(int64_t image, int64_t strip) {
     image_ = image;
-    std::fill_n(scale_sum_, pixel_, T{});
-    std::fill_n(shift_sum_, pixel_, T{});
-    set_channel_values(call_.prologue.scale, T{1}, scale_);
-    set_channel_values(call_.prologue.shift, T{0}, shift_);
-    for (const BlurBlock& block : call_.blocks) {
-      block_ = &block;
-      run_block(strip);
+    if (call_.primal != nullptr) std::fill_n(sums_, 2 * padded_channels(), T{});
+    for (int64_t g = call_.rows.strips[strip]; g < call_.rows.strips[strip + 1]; ++g) {
+      const BlurRows::Group& group = call_.rows.groups[g];
+      for (int64_t i = group.begin; i < group.end; ++i) prepare(call_.rows.loads[i]);
+      for (int64_t o = group.first; o < group.last; ++o) run_row(o);
     }
     if (call_.primal != nullptr) write_sums(strip);
   }
 
  private:
-  void run_block(int64_t strip) {
-    const BlurSteps& rows = call_.rows;
-    for (int64_t g = rows.strips[strip]; g < rows.strips[strip + 1]; ++g) {
-      const BlurSteps::Group& group = rows.groups[g];
-      load_pixels(group);
-      for (int64_t o = group.first; o < group.last; ++o) {
-        const int64_t begin = rows.begin[o], taps = rows.begin[o + 1] - begin;
-        for (int64_t t = 0; t < taps; ++t) {
-          const BlurSteps::Tap& tap = rows.taps[begin + t];
-          sources_[t] = slot(tap.slot);
-          weights_[t] = static_cast<T>(tap.weight);
-        }
-        call_.primal != nullptr ? write_gradient(o, taps) : write(o, taps);
-      }
-    }
-  }
-
-  T* slot(int64_t s) const { return slots_ + s * slot_size_; }
+  int64_t row_size() const { return call_.in_width * channels_; }
+  int64_t padded_channels() const { return (channels_ + kVector - 1) / kVector * kVector; }
 
   void place(Arena& arena) {
-    line_ = arena.take<T>(line_size_);
-    slots_ = arena.take<T>(call_.rows.slots * slot_size_);
-    sources_ = arena.take<const T*>(taps_);
-    pixels_ = arena.take<const T*>(taps_);
-    weights_ = arena.take<T>(taps_);
-    pixel_weights_ = arena.take<T>(taps_);
-    scale_ = arena.take<T>(pixel_);
-    shift_ = arena.take<T>(pixel_);
-    scale_sum_ = arena.take<T>(pixel_);
-    shift_sum_ = arena.take<T>(pixel_);
+    slots_ = arena.take<T>(call_.rows.slots * row_size());
+    sums_ = arena.take<T>(call_.primal == nullptr ? 0 : 2 * padded_channels());
   }
 
-  // The pixels of a row that the block needs, and those that it makes.
-  const S* input(int64_t row) const {
-    const S* in = static_cast<const S*>(call_.in);
-    return in + ((image_ * call_.in_height + row) * call_.in_width + block_->from) * call_.channels;
-  }
-  int64_t output_offset(int64_t row) const {
-    return ((image_ * call_.out_height + row) * call_.out_width + block_->first) * call_.channels;
-  }
+  const S* image() const { return static_cast<const S*>(call_.in) + image_ * call_.in_height * row_size(); }
 
-  // Whether the input has a prologue; that of a gradient belongs to what was the input.
-  bool has_prologue() const { return call_.primal == nullptr && call_.prologue.any(); }
-
-  // Calls f((x, scale, shift) -> what the prologue makes of x), with the activation known to the compiler.
-  template <class F>
-  void with_prologue(F f) const {
-    if (!has_prologue()) return f([](Vec<T> x, Vec<T>, Vec<T>) { return x; });
-    const T temperature = static_cast<T>(call_.prologue.temperature);
-    with_activation(call_.prologue.activation, [&](auto activation) {
-      f([=](Vec<T> x, Vec<T> scale, Vec<T> shift) {
-        return activate<T, activation()>(x * scale + shift, temperature);
-      });
-    });
-  }
-
-  // Calls f(channel, number of vectors, lanes of the last one) for all channels: some that lie together go through all
-  // pixels at once, with what belongs to the channels in registers.
+  // Calls f(first channel, number of vectors, lanes of the last one) for all channels.
   template <class F>
   void for_each_channels(F f) const {
-    constexpr int64_t kVectors = 4;
     int64_t c = 0;
-    for (; c + kVectors * kVector <= call_.channels; c += kVectors * kVector) {
-      f(c, std::integral_constant<int64_t, kVectors>{}, kVector);
+    for (; c + kVectors * kVector <= channels_; c += kVectors * kVector) {
+      f(c, std::integral_constant<int, kVectors>{}, kVector);
     }
-    for (; c < call_.channels; c += kVector) {
-      f(c, std::integral_constant<int64_t, 1>{}, std::min(kVector, call_.channels - c));
-    }
+    for (; c < channels_; c += kVector) f(c, std::integral_constant<int, 1>{}, std::min(kVector, channels_ - c));
   }
 
-  // The prologue's scale or shift, up to a whole vector.
-  void set_channel_values(const void* values, T otherwise, T* to) const {
-    std::fill_n(to, pixel_, otherwise);
-    if (values != nullptr) std::copy_n(static_cast<const T*>(values), call_.channels, to);
-  }
-
-  // ---- rows into slots ----
-
-  void load_pixels(const BlurSteps::Group& group) {
-    for (int64_t i = group.begin; i < group.end; ++i) {
-      const BlurSteps::Load& wanted = call_.rows.loads[i];
-      const T* from = line_;
-      int64_t step = pixel_;
-      const bool as_it_is = std::is_same_v<S, T> && !has_prologue();
-      if constexpr (std::is_same_v<S, T>) {
-        if (as_it_is) from = input(wanted.from), step = call_.channels;
+  // A row of the input in its slot, with the prologue applied if it has one; a gradient has none.
+  void prepare(const BlurRows::Load& wanted) {
+    const S* from = image() + wanted.from * row_size();
+    T* to = slots_ + wanted.slot * row_size();
+    for (int64_t c = 0; c < channels_; c += kVector) {
+      const int64_t lanes = std::min(kVector, channels_ - c);
+      const Vec<T> scale = scale_.from(c, lanes), shift = shift_.from(c, lanes);
+      for (int64_t at = c; at < row_size(); at += channels_) {
+        const Vec<T> x = load_as_compute_up_to(from + at, lanes);
+        store_up_to(to + at, call_.primal == nullptr ? activate_(x * scale + shift) : x, lanes);
       }
-      if (!as_it_is) fill_line(wanted.from);
-      blur_pixels(from, step, wanted.line, slot(wanted.slot));
     }
   }
 
-  // The row's pixels in `line_`, with the prologue applied if there is one.
-  void fill_line(int64_t row) {
-    const S* in = input(row);
-    with_prologue([&](auto prologue) {
-      for_each_channels([&](int64_t c, auto vectors, int64_t lanes) {
-        Vec<T> scale[vectors()], shift[vectors()];
-        for (int64_t v = 0; v < vectors(); ++v) {
-          scale[v] = load(scale_ + c + v * kVector), shift[v] = load(shift_ + c + v * kVector);
+  // What some channels of a row of outputs have in common; held in registers, where everything of it is inlined.
+  template <BlurMode kMode, int kCount>
+  class Channels {
+   public:
+    VITFAST_INLINE Channels(const BlurPixels& blur, int64_t row, int64_t c, int64_t lanes)
+        : activate_(blur.activate_),
+          channels_(blur.channels_),
+          lanes_(lanes),
+          streamed_(blur.streamed_),
+          to_(static_cast<S*>(blur.call_.out) + blur.output_offset(row) + c),
+          primal_(is_gradient(kMode) ? static_cast<const S*>(blur.call_.primal) + blur.output_offset(row) + c
+                                     : nullptr) {
+      if constexpr (kMode == BlurMode::kPlain) return;
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) {
+        scale_[v] = blur.scale_.from(c + v * kVector, lanes);
+        shift_[v] = blur.shift_.from(c + v * kVector, lanes);
+        scale_sum_[v] = shift_sum_[v] = Vec<T>{};
+      }
+    }
+
+    VITFAST_INLINE Vec<T> load_input(const T* pixel, int v) const {
+      const Vec<T> x = kCount == 1 ? load_up_to(pixel, lanes_) : load(pixel + v * kVector);
+      if constexpr (kMode == BlurMode::kClamp) return activate_.clamp(x * scale_[v] + shift_[v]);
+      return x;
+    }
+
+    VITFAST_INLINE void emit(int64_t output, const Vec<T>* sum) {
+      const int64_t pixel = output * channels_;
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) {
+        S* const to = to_ + pixel + v * kVector;
+        if constexpr (is_gradient(kMode)) {
+          const Vec<T> x = load_as_compute_up_to(primal_ + pixel + v * kVector, lanes());
+          const Vec<T> z = x * scale_[v] + shift_[v];
+          const Vec<T> dz = activate_.template backward<kMode == BlurMode::kTanhGradient>(z, sum[v]);
+          put(to, dz * scale_[v]);
+          scale_sum_[v] = scale_sum_[v] + dz * x;
+          shift_sum_[v] = shift_sum_[v] + dz;
+        } else {
+          put(to, sum[v]);
         }
-        const S* from = in + c;
-        T* to = line_ + c;
-        for (int64_t x = 0; x < block_->inputs(); ++x, from += call_.channels, to += pixel_) {
-          for (int64_t v = 0; v < vectors(); ++v) {
-            store(to + v * kVector, prologue(load_as_compute_up_to(from + v * kVector, lanes), scale[v], shift[v]));
-          }
+      }
+    }
+
+    // Adds what the outputs gave to the gradients of scale and shift.
+    VITFAST_INLINE void finish(T* scale_sums, T* shift_sums) const {
+      if constexpr (is_gradient(kMode)) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kCount; ++v) {
+          T *scale = scale_sums + v * kVector, *shift = shift_sums + v * kVector;
+          store(scale, load(scale) + scale_sum_[v]);
+          store(shift, load(shift) + shift_sum_[v]);
         }
-      });
+      }
+    }
+
+   private:
+    VITFAST_INLINE int64_t lanes() const { return kCount == 1 ? lanes_ : kVector; }
+
+    VITFAST_INLINE void put(S* to, Vec<T> x) const {
+      if constexpr (std::is_same_v<S, T>) {
+        if (streamed_) return stream(to, x);
+      }
+      store_as_storage_up_to(to, x, lanes());
+    }
+
+    const BlurActivate<T> activate_;
+    const int64_t channels_, lanes_;
+    const bool streamed_;
+    S* const to_;
+    const S* const primal_;
+    Vec<T> scale_[kCount], shift_[kCount], scale_sum_[kCount], shift_sum_[kCount];
+  };
+
+  int64_t output_offset(int64_t row) const { return (image_ * call_.out_height + row) * call_.out_width * channels_; }
+
+  void run_row(int64_t row) {
+    with_mode<S>(call_, [&](auto mode) {
+      for_each_channels([&](int64_t c, auto vectors, int64_t lanes) { slide_all<mode(), vectors()>(row, c, lanes); });
     });
   }
 
-  // The block's pixels, weighted sums of those of a row, which begin at `from` and lie `step` apart.
-  void blur_pixels(const T* from, int64_t step, int64_t line, T* to) {
-    const BlurMatrix& matrix = call_.columns[line];
-    for (const BlurSeries& series : block_->series[line]) {
-      const int64_t begin = matrix.begin[series.first], taps = matrix.begin[series.first + 1] - begin;
-      for (int64_t t = 0; t < taps; ++t) {
-        const BlurTap& tap = matrix.taps[begin + t];
-        pixels_[t] = from + (tap.from - block_->from) * step;
-        pixel_weights_[t] = static_cast<T>(tap.weight);
+  // For the numbers of taps that are frequent there are versions; but not for what is slow anyway.
+  template <BlurMode kMode, int kCount>
+  void slide_all(int64_t row, int64_t c, int64_t lanes) const {
+    for (const BlurSlide<T>& slide : slides_) {
+      if constexpr (kMode != BlurMode::kTanhGradient) {
+        switch (slide.neighbours && slide.count > 1 ? 10 * slide.step + static_cast<int64_t>(slide.taps.size()) : 0) {
+          case 11:
+            slide_by<kMode, kCount, 1, 1>(slide, row, c, lanes);
+            continue;
+          case 12:
+            slide_by<kMode, kCount, 2, 1>(slide, row, c, lanes);
+            continue;
+          case 13:
+            slide_by<kMode, kCount, 3, 1>(slide, row, c, lanes);
+            continue;
+          case 14:
+            slide_by<kMode, kCount, 4, 1>(slide, row, c, lanes);
+            continue;
+          case 23:
+            slide_by<kMode, kCount, 3, 2>(slide, row, c, lanes);
+            continue;
+          case 24:
+            slide_by<kMode, kCount, 4, 2>(slide, row, c, lanes);
+            continue;
+        }
       }
-      // Pixels that follow each other in both are as good as one.
-      const bool one = call_.column_period == 1 && series.step == 1 && step == pixel_;
-      const int64_t length = one ? series.count * pixel_ : call_.channels;
-      const Repeat repeat = one ? Repeat{} : Repeat{series.count, series.step * step, call_.column_period * pixel_};
-      T* at = to + (series.first - block_->first) * pixel_;
-      combine(pixels_, pixel_weights_, taps, length, repeat, {},
-              [=](int64_t place, Vec<T> sum, int64_t) { store(at + place, sum); });
+      slide_any<kMode, kCount>(slide, row, c, lanes);
     }
   }
 
-  // ---- rows of the output ----
-
-  void write(int64_t row, int64_t taps) {
-    S* to = static_cast<S*>(call_.out) + output_offset(row);
-    const int64_t outputs = block_->outputs();
-    if (call_.channels != pixel_) {  // pixels lie together in the slots only
-      return combine(sources_, weights_, taps, call_.channels, Repeat{outputs, pixel_, call_.channels}, {},
-                     [=](int64_t j, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(to + j, sum, lanes); });
+  // Columns that the next output needs as well stay.
+  template <BlurMode kMode, int kCount, int kTaps, int kStep>
+  void slide_by(const BlurSlide<T>& slide, int64_t row, int64_t c, int64_t lanes) const {
+    static_assert(kTaps >= kStep);
+    constexpr int kKept = kTaps - kStep;
+    Channels<kMode, kCount> channels(*this, row, c, lanes);
+    const auto *first = rows_.first(row), *last = rows_.last(row);
+    const int64_t size = channels_, period = call_.column_period, end = slide.first + slide.count * period;
+    const T* from = source() + slide.taps[0].from * size + c;
+    Vec<T> weight[kTaps], column[kTaps][kCount];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) weight[t] = broadcast(slide.taps[t].weight);
+#pragma GCC unroll 4
+    for (int t = 0; t < kKept; ++t) add_pixels<kCount>(from + t * size, first, last, channels, column[t]);
+    for (int64_t o = slide.first; o < end; o += period, from += kStep * size) {
+#pragma GCC unroll 4
+      for (int t = kKept; t < kTaps; ++t) add_pixels<kCount>(from + t * size, first, last, channels, column[t]);
+      Vec<T> sum[kCount];
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) {
+        sum[v] = weight[0] * column[0][v];
+#pragma GCC unroll 4
+        for (int t = 1; t < kTaps; ++t) sum[v] = sum[v] + weight[t] * column[t][v];
+#pragma GCC unroll 4
+        for (int t = 0; t < kKept; ++t) column[t][v] = column[t + kStep][v];
+      }
+      channels.emit(o, sum);
     }
+    channels.finish(sums_ + c, sums_ + padded_channels() + c);
+  }
+
+  // For any taps.
+  template <BlurMode kMode, int kCount>
+  void slide_any(const BlurSlide<T>& slide, int64_t row, int64_t c, int64_t lanes) const {
+    Channels<kMode, kCount> channels(*this, row, c, lanes);
+    const auto *first = rows_.first(row), *last = rows_.last(row);
+    const bool one_line = call_.columns.size() == 1;
+    for (int64_t i = 0; i < slide.count; ++i) {
+      Vec<T> sum[kCount]{}, column[kCount];
+      for (const auto& tap : slide.taps) {
+        const T* from = source() + (tap.from + i * slide.step) * channels_ + c;
+        for (const auto* of = first; of < last; of = one_line ? last : of + 1) {
+          if (!one_line && of->line != tap.line) continue;
+          add_pixels<kCount>(from, of, one_line ? last : of + 1, channels, column);
+          for (int v = 0; v < kCount; ++v) sum[v] = sum[v] + tap.weight * column[v];
+        }
+      }
+      channels.emit(slide.first + i * call_.column_period, sum);
+    }
+    channels.finish(sums_ + c, sums_ + padded_channels() + c);
+  }
+
+  const T* source() const {
     if constexpr (std::is_same_v<S, T>) {
-      if (streamed_ && is_aligned(to)) {
-        return combine(sources_, weights_, taps, outputs * pixel_,
-                       [=](int64_t j, Vec<T> sum, int64_t) { stream(to + j, sum); });
-      }
+      if (!call_.prepared) return image();
     }
-    combine(sources_, weights_, taps, outputs * pixel_,
-            [=](int64_t j, Vec<T> sum, int64_t) { store_as_storage(to + j, sum); });
+    return slots_;
   }
 
-  // The gradient of x from that of u, and what the row adds to those of scale and shift.
-  void write_gradient(int64_t row, int64_t taps) {
-    const T temperature = static_cast<T>(call_.prologue.temperature);
-    const int64_t outputs = block_->outputs(), channels = call_.channels;
-    T* grads = line_;
-    combine(sources_, weights_, taps, outputs * pixel_, [=](int64_t j, Vec<T> g, int64_t) { store(grads + j, g); });
-    const bool streamed = streamed_ && channels == pixel_ && is_aligned(static_cast<const T*>(call_.out));
-    const auto put = [streamed](S* p, Vec<T> x, int64_t lanes) {
-      if constexpr (std::is_same_v<S, T>) {
-        if (streamed) return stream(p, x);
-      }
-      store_as_storage_up_to(p, x, lanes);
-    };
-    with_activation(call_.prologue.activation, [&](auto activation) {
-      for_each_channels([&](int64_t c, auto vectors, int64_t lanes) {
-        // Row by row: the rounding errors of a sum grow with the number of its terms.
-        Vec<T> scale[vectors()], shift[vectors()], scale_sum[vectors()], shift_sum[vectors()];
-        for (int64_t v = 0; v < vectors(); ++v) {
-          scale[v] = load(scale_ + c + v * kVector), shift[v] = load(shift_ + c + v * kVector);
-          scale_sum[v] = shift_sum[v] = Vec<T>{};
-        }
-        const int64_t at = output_offset(row) + c;
-        const S* primal = static_cast<const S*>(call_.primal) + at;
-        S* to = static_cast<S*>(call_.out) + at;
-        const T* grad = grads + c;
-        for (int64_t o = 0; o < outputs; ++o, primal += channels, to += channels, grad += pixel_) {
-          for (int64_t v = 0; v < vectors(); ++v) {
-            const Vec<T> x = load_as_compute_up_to(primal + v * kVector, lanes), g = load(grad + v * kVector);
-            const Vec<T> dz = activate_backward<T, activation()>(x * scale[v] + shift[v], g, temperature);
-            put(to + v * kVector, dz * scale[v], lanes);
-            scale_sum[v] = scale_sum[v] + dz * x;
-            shift_sum[v] = shift_sum[v] + dz;
-          }
-        }
-        for (int64_t v = 0; v < vectors(); ++v) {
-          T *scales = scale_sum_ + c + v * kVector, *shifts = shift_sum_ + c + v * kVector;
-          store(scales, load(scales) + scale_sum[v]);
-          store(shifts, load(shifts) + shift_sum[v]);
-        }
-      });
-    });
+  // The weighted sum of pixels that lie below each other, of which that of row 0 lies at `from`.
+  template <int kCount, class Tap, class Channels>
+  VITFAST_INLINE static void add_pixels(const T* from, const Tap* tap, const Tap* last, const Channels& channels,
+                                        Vec<T>* column) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) column[v] = Vec<T>{};
+    for (; tap < last; ++tap) {
+      const T* const pixel = from + tap->at;
+      const Vec<T> weight = broadcast(tap->weight);
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) column[v] = column[v] + weight * channels.load_input(pixel, v);
+    }
   }
 
   void write_sums(int64_t strip) {
-    const int64_t at = (image_ * call_.rows.strip_count() + strip) * call_.channels;
-    std::copy_n(scale_sum_, call_.channels, call_.scale_partial + at);
-    std::copy_n(shift_sum_, call_.channels, call_.shift_partial + at);
+    const int64_t at = (image_ * call_.rows.strip_count() + strip) * channels_;
+    std::copy_n(sums_, channels_, call_.scale_partial + at);
+    std::copy_n(sums_ + padded_channels(), channels_, call_.shift_partial + at);
   }
 
   const BlurCall& call_;
+  const BlurRowTaps<T>& rows_;
+  const std::vector<BlurSlide<T>>& slides_;
+  const int64_t channels_;
   const bool streamed_;
-  int64_t pixel_, taps_, bytes_;  // a pixel in the slots: all channels, up to a whole vector
-  int64_t line_size_ = 0, slot_size_ = 0;
-  T *line_, *slots_, *weights_, *pixel_weights_, *scale_, *shift_, *scale_sum_, *shift_sum_;
-  const T **sources_, **pixels_;
-  int64_t image_;
-  const BlurBlock* block_;
+  const BlurActivate<T> activate_;
+  const BlurChannels<T> scale_, shift_;
+  int64_t bytes_, image_;
+  T *slots_, *sums_;
 };
 
 template <class S>
 void blur_pixels(const BlurCall& call) {
+  using T = Compute<S>;
+  const BlurRowTaps<T> rows(call.rows.matrix, call.in_width * call.channels);
+  const std::vector<BlurSlide<T>> slides = slides_of<T>(call);
   const int64_t strips = call.rows.strip_count();
   const int64_t work = call.channels * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
   parallel_for(call.batch * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
-    BlurPixels<S> worker(call);
+    BlurPixels<S> worker(call, rows, slides);
     const Scratch scratch(worker.bytes());
     worker.bind(scratch.data());
     for (int64_t task = begin; task < end; ++task) worker.run(task / strips, task % strips);

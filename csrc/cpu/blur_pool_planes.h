@@ -1,41 +1,199 @@
 // Blur pooling and its transpose of channels-first maps, whose rows lie along the vector.
 //
-// Some planes at a time, or a strip of a larger one, go from their input over buffers in the first level to their
-// output. Rows are combined first, by whole vectors, and what they give is blurred along its columns. Kernels that are
-// no outer product blur columns first, once for each of their lines.
+// Some outputs of a row, no more than a vector, depend on columns that fit into two vectors: a window. The rows that an
+// output needs are added up there, and then each output picks its columns from the two vectors, by shuffles whose lanes
+// and weights hold padding, stride and transposition. Nothing is written but the output. Where two rows of outputs
+// fit into a vector, its halves are the rows of outputs, and the two vectors of the window theirs.
 #pragma once
 
-#include "cpu/blur_pool_columns.h"
 #include "cpu/blur_pool_common.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
+// ---- weighted lanes ------------------------------------------------------------------------------------------------
+
+#if VITFAST_VECTOR_BYTES == 64
+template <class T>
+using LaneMask = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
+#else
+template <class T>
+using LaneMask = IntVec<T>;
+#endif
+
+// The lanes in which x is not negative.
+template <class T>
+inline LaneMask<T> not_negative(IntVec<T> x) {
+#if VITFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_cmpge_epi32_mask((__m512i)x, __m512i{});
+  } else {
+    return _mm512_cmpge_epi64_mask((__m512i)x, __m512i{});
+  }
+#else
+  return x >= 0;
+#endif
+}
+
+// sum + weight * x in the lanes of the mask, sum in the others.
+template <class T>
+inline Vec<T> add_where(LaneMask<T> mask, Vec<T> sum, Vec<T> weight, Vec<T> x) {
+#if VITFAST_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_mask3_fmadd_ps((__m512)weight, (__m512)x, (__m512)sum, mask);
+  } else {
+    return (Vec<T>)_mm512_mask3_fmadd_pd((__m512d)weight, (__m512d)x, (__m512d)sum, mask);
+  }
+#else
+  return mask ? sum + weight * x : sum;
+#endif
+}
+
+// ---- windows -------------------------------------------------------------------------------------------------------
+
+// The most vectors of outputs that a window has.
+constexpr int kMostGroups = 2;
+
+// What each output of a window takes of its columns, and how much of it; a negative column is none.
+template <class T>
+struct BlurPick {
+  static constexpr int kOutputs = kMostGroups * kLanes<T>;
+  typename VecOf<T>::Int column[kOutputs];
+  T weight[kOutputs] = {};
+
+  BlurPick() { std::fill_n(column, kOutputs, -1); }
+  IntVec<T> columns(int64_t group) const {
+    IntVec<T> columns;
+    std::memcpy(&columns, column + group * kLanes<T>, sizeof(columns));
+    return columns;
+  }
+  Vec<T> weights(int64_t group) const { return load(weight + group * kLanes<T>); }
+};
+
+enum class BlurWindowKind {
+  kOne,   // the columns fit into a vector
+  kTwo,   // they fit into two
+  kPair,  // two rows of outputs, the columns of each in a vector
+  kAny,   // columns of a single output that lie further apart
+};
+
+template <class T>
+struct BlurWindow {
+  BlurWindowKind kind;
+  int64_t first, outputs;  // of a row
+  int64_t from, columns;
+  int64_t most_taps;                            // of an output, along a line
+  std::vector<std::vector<BlurPick<T>>> picks;  // of each line, one for each tap
+
+  int64_t groups() const { return (outputs + kLanes<T> - 1) / kLanes<T>; }
+};
+
+// Windows of at most `columns` columns and `outputs` outputs, without their picks.
+template <class T>
+inline std::vector<BlurWindow<T>> windows_up_to(const BlurCall& call, int64_t columns, int64_t outputs) {
+  using Kind = BlurWindowKind;
+  std::vector<BlurWindow<T>> windows;
+  for (int64_t first = 0; first < call.out_width;) {
+    BlurWindow<T> window{Kind::kOne, first, 0, 0, 0, 0, {}};
+    for (int64_t o = first; o < std::min(first + outputs, call.out_width); ++o, ++window.outputs) {
+      int64_t from = window.from, until = from + window.columns;
+      for (const BlurMatrix& line : call.columns) {
+        for (int64_t i = line.begin[o]; i < line.begin[o + 1]; ++i) {
+          const int64_t column = line.taps[i].from;
+          from = from < until ? std::min(from, column) : column;
+          until = std::max(until, column + 1);
+        }
+      }
+      if (until - from > columns && o > first) break;
+      window.from = from, window.columns = until - from;
+    }
+    if (window.columns > kLanes<T>) window.kind = Kind::kTwo;
+    if (window.columns > 2 * kLanes<T>) window.kind = Kind::kAny;
+    const bool whole = window.outputs == call.out_width;
+    if (whole && window.kind == Kind::kOne && 2 * window.outputs <= kLanes<T>) window.kind = Kind::kPair;
+    first += window.outputs;
+    windows.push_back(window);
+  }
+  return windows;
+}
+
+// About how many vector instructions a row of outputs takes.
+template <class T>
+inline int64_t cost_of(const std::vector<BlurWindow<T>>& windows, int64_t row_taps, int64_t column_taps) {
+  int64_t cost = 0;
+  for (const BlurWindow<T>& window : windows) {
+    const int64_t vectors = (window.columns + kLanes<T> - 1) / kLanes<T>;
+    cost += 2 * row_taps * vectors + 2 * column_taps * window.groups();
+  }
+  return cost;
+}
+
+template <class T>
+inline std::vector<BlurWindow<T>> windows_of(const BlurCall& call) {
+  constexpr int64_t kVector = kLanes<T>;
+  const auto average_taps = [](const BlurMatrix& matrix) {
+    return (static_cast<int64_t>(matrix.taps.size()) + matrix.outputs() - 1) / matrix.outputs();
+  };
+  const int64_t row_taps = average_taps(call.rows.matrix), column_taps = average_taps(call.columns[0]);
+  std::vector<BlurWindow<T>> windows;
+  for (const int64_t columns : {kVector, 2 * kVector}) {
+    for (const int64_t outputs : {kVector, kMostGroups * kVector}) {
+      std::vector<BlurWindow<T>> other = windows_up_to<T>(call, columns, outputs);
+      const bool cheaper =
+          windows.empty() || cost_of(other, row_taps, column_taps) < cost_of(windows, row_taps, column_taps);
+      if (cheaper) windows = std::move(other);
+    }
+  }
+  for (BlurWindow<T>& window : windows) {
+    for (const BlurMatrix& line : call.columns) {
+      std::vector<BlurPick<T>>& picks = window.picks.emplace_back();
+      for (int64_t j = 0; j < window.outputs; ++j) {
+        const int64_t begin = line.begin[window.first + j], taps = line.taps_of(window.first + j);
+        if (static_cast<int64_t>(picks.size()) < taps) picks.resize(taps);
+        for (int64_t t = 0; t < taps; ++t) {
+          const BlurTap& tap = line.taps[begin + t];
+          const auto set = [&](int64_t output, int64_t column) {
+            picks[t].column[output] = static_cast<typename VecOf<T>::Int>(column);
+            picks[t].weight[output] = static_cast<T>(tap.weight);
+          };
+          set(j, tap.from - window.from);
+          if (window.kind == BlurWindowKind::kPair) set(j + window.outputs, tap.from - window.from + kVector);
+        }
+      }
+      window.most_taps = std::max(window.most_taps, static_cast<int64_t>(picks.size()));
+    }
+  }
+  return windows;
+}
+
 template <class S>
 class BlurPlanes {
   using T = Compute<S>;
+  using Tap = typename BlurRowTaps<T>::Tap;
+  using Kind = BlurWindowKind;
   static constexpr int64_t kVector = kLanes<T>;
 
  public:
-  BlurPlanes(const BlurCall& call, const std::vector<BlurColumns<T>>& columns)
+  BlurPlanes(const BlurCall& call, const BlurRowTaps<T>& rows, const std::vector<BlurWindow<T>>& windows)
       : call_(call),
-        columns_(columns),
-        rows_first_(columns.size() == 1),
+        rows_(rows),
+        windows_(windows),
         streamed_(is_streamed<S>(call)),
-        buffered_(streamed_ || call.primal != nullptr) {
-    planes_ = planes_at_a_time(call);
-    for (const BlurColumns<T>& line : columns) {
-      before_ = std::max(before_, line.before());
-      after_ = std::max(after_, line.after());
+        planes_(planes_at_a_time(call)),
+        activate_(call.prologue),
+        scale_(call.prologue.scale, T{1}),
+        shift_(call.prologue.shift, T{0}) {
+    for (const BlurRows::Group& group : call.rows.groups) {
+      most_outputs_ = std::max(most_outputs_, (group.last - group.first) * call.out_width);
     }
     Arena count;
     place(count);
     bytes_ = count.used();
   }
 
-  // As many as keep the buffers in the first level.
+  // As many as stay in the first level while the windows go over them; one, where a strip is not all of a plane.
   static int64_t planes_at_a_time(const BlurCall& call) {
-    if (call.strips.strips.size() > 1) return 1;
+    if (call.rows.strip_count() > 1) return 1;
     const int64_t largest = std::max(call.in_height * call.in_width, call.out_height * call.out_width);
     return std::clamp<int64_t>(kStripValues / largest, 1, std::max<int64_t>(call.batch * call.channels, 1));
   }
@@ -47,177 +205,279 @@ class BlurPlanes {
     place(arena);
   }
 
-  void run(int64_t plane, int64_t planes, int64_t strip) {
-    strip_number_ = strip;
-    strip_ = &call_.strips.strips[strip];
-    plane_ = plane;
-    const T* in = input(planes);
-    if (!buffered_) return blur(in, planes, output(plane));
-    blur(in, planes, result_);
-    const int64_t size = strip_->outputs() * call_.out_width;
-    if (call_.primal != nullptr) {
-      for (int64_t p = 0; p < planes; ++p) write_gradient(plane + p, result_ + p * size);
+  // The strip, which has one group of rows, of the planes from `begin` to `end`.
+  void run(int64_t begin, int64_t end, int64_t strip) {
+    strip_ = strip;
+    group_ = &call_.rows.groups[strip];
+    begin_ = begin, end_ = end;
+    for (int64_t plane = begin; plane < end; ++plane) {
+      for (int64_t i = group_->begin; i < group_->end; ++i) prepare(plane, call_.rows.loads[i]);
+      if (call_.primal != nullptr) call_.scale_partial[partial(plane)] = call_.shift_partial[partial(plane)] = 0;
+    }
+    for (const BlurWindow<T>& window : windows_) {
+      with_mode<S>(call_, [&](auto mode) { run_window<mode()>(window); });
     }
     if constexpr (std::is_same_v<S, T>) {
-      if (streamed_) stream_copy(result_, planes * size, output(plane));
+      if (!streamed_) return;
+      const int64_t outputs = (end - begin) * (group_->last - group_->first) * call_.out_width;
+      stream_copy(buffer_, outputs, static_cast<S*>(call_.out) + output_offset(begin));
     }
   }
 
  private:
-  int64_t line_size() const { return planes_ * call_.strips.most_rows * call_.out_width; }
-
   void place(Arena& arena) {
-    const int64_t rows = planes_ * call_.strips.most_rows, outputs = planes_ * call_.strips.most_outputs;
-    input_ = arena.take<T>(before_ + rows * call_.in_width + after_);
-    combined_ = arena.take<T>(rows_first_ ? before_ + outputs * call_.in_width + after_ : before_);
-    blurred_ = arena.take<T>(rows_first_ ? 0 : static_cast<int64_t>(columns_.size()) * line_size());
-    result_ = arena.take<T>(buffered_ ? outputs * call_.out_width : 0);
-    sources_ = arena.take<const T*>(call_.strips.most_taps);
-    weights_ = arena.take<T>(call_.strips.most_taps);
-    if (arena.holds_memory()) {
-      input_ += before_;
-      combined_ += before_;
-    }
+    slots_ = arena.take<T>(planes_ * call_.rows.slots * call_.in_width);
+    buffer_ = arena.take<S>(streamed_ ? planes_ * most_outputs_ : 0);
   }
 
-  // The strip of some planes, whose rows begin at `in`.
-  template <class To>
-  void blur(const T* in, int64_t planes, To* to) const {
-    if (rows_first_) {
-      combine_rows(in, call_.in_width, planes, combined_);
-      return columns_[0].apply(combined_, planes * strip_->outputs(), to);
-    }
-    for (size_t line = 0; line < columns_.size(); ++line) {
-      columns_[line].apply(in, planes * strip_->rows, blurred_ + static_cast<int64_t>(line) * line_size());
-    }
-    combine_rows(blurred_, call_.out_width, planes, to);
+  const S* input(int64_t plane) const {
+    return static_cast<const S*>(call_.in) + plane * call_.in_height * call_.in_width;
   }
-
-  S* output(int64_t plane) const {
-    return static_cast<S*>(call_.out) + (plane * call_.out_height + strip_->first) * call_.out_width;
-  }
-
-  // The rows that the strip needs, of all planes: where they lie, or with the prologue applied in a buffer.
-  const T* input(int64_t planes) {
-    const int64_t plane_size = call_.in_height * call_.in_width, runs = static_cast<int64_t>(strip_->runs.size());
-    const S* all = static_cast<const S*>(call_.in);
-    const bool prologue = call_.primal == nullptr && call_.prologue.any();
+  T* slots(int64_t plane) const { return slots_ + (plane - begin_) * call_.rows.slots * call_.in_width; }
+  const T* source(int64_t plane) const {
     if constexpr (std::is_same_v<S, T>) {
-      // Several planes lie together where the strip is all of a plane.
-      const bool together = runs == 1 && (planes == 1 || strip_->rows == call_.in_height);
-      const S* first = all + plane_ * plane_size + (runs > 0 ? strip_->runs[0].from * call_.in_width : 0);
-      if (!prologue && together && rows_first_) return first;  // else more than the rows is read
+      if (!call_.prepared) return input(plane);
     }
-    T* to = input_;
-    const T temperature = static_cast<T>(call_.prologue.temperature);
-    with_activation(prologue ? call_.prologue.activation : BlurActivation::kNone, [&](auto activation) {
-      for (int64_t p = plane_; p < plane_ + planes; ++p) {
-        const Vec<T> scale = per_plane(prologue ? call_.prologue.scale : nullptr, T{1}, p);
-        const Vec<T> shift = per_plane(prologue ? call_.prologue.shift : nullptr, T{0}, p);
-        for (const BlurStrip::Run& run : strip_->runs) {
-          const S* from = all + p * plane_size + run.from * call_.in_width;
-          const int64_t length = run.rows * call_.in_width, whole = length / kVector * kVector;
-          for (int64_t j = 0; j < whole; j += kVector) {
-            store(to + j, activate<T, activation()>(load_as_compute(from + j) * scale + shift, temperature));
+    return slots(plane);
+  }
+
+  // Where the strip of a plane begins in the output, and where what it adds to the gradients of scale and shift lies.
+  int64_t output_offset(int64_t plane) const { return (plane * call_.out_height + group_->first) * call_.out_width; }
+  int64_t partial(int64_t plane) const {
+    return (plane / call_.channels * call_.rows.strip_count() + strip_) * call_.channels + plane % call_.channels;
+  }
+
+  // A row of the input in its slot, with the prologue applied if it has one; a gradient has none.
+  void prepare(int64_t plane, const BlurRows::Load& wanted) {
+    const S* from = input(plane) + wanted.from * call_.in_width;
+    T* to = slots(plane) + wanted.slot * call_.in_width;
+    const Vec<T> scale = scale_.of(plane % call_.channels), shift = shift_.of(plane % call_.channels);
+    for (int64_t j = 0; j < call_.in_width; j += kVector) {
+      const Vec<T> x = load_as_compute_up_to(from + j, call_.in_width - j);
+      store_up_to(to + j, call_.primal == nullptr ? activate_(x * scale + shift) : x, call_.in_width - j);
+    }
+  }
+
+  // What the outputs of a strip of a plane have in common; held in registers, where everything of it is inlined.
+  template <BlurMode kMode>
+  class Plane {
+   public:
+    VITFAST_INLINE Plane(const BlurPlanes& blur, int64_t plane)
+        : activate_(blur.activate_),
+          scale_(blur.scale_.of(plane % blur.call_.channels)),
+          shift_(blur.shift_.of(plane % blur.call_.channels)) {
+      const int64_t offset = blur.output_offset(plane);
+      to_ = blur.streamed_ ? blur.buffer_ + (offset - blur.output_offset(blur.begin_))
+                           : static_cast<S*>(blur.call_.out) + offset;
+      if constexpr (is_gradient(kMode)) primal_ = static_cast<const S*>(blur.call_.primal) + offset;
+    }
+
+    VITFAST_INLINE Vec<T> load_input(const T* p, int64_t lanes) const {
+      const Vec<T> x = load_up_to(p, lanes);
+      if constexpr (kMode == BlurMode::kClamp) return activate_.clamp(x * scale_ + shift_);
+      return x;
+    }
+
+    // Outputs from place `at` in the strip on.
+    VITFAST_INLINE void emit(int64_t at, Vec<T> sum, int64_t lanes) {
+      if constexpr (is_gradient(kMode)) {
+        const Vec<T> x = load_as_compute_up_to(primal_ + at, lanes);
+        sum = activate_.template backward<kMode == BlurMode::kTanhGradient>(x * scale_ + shift_, sum);
+        // Lanes beyond the last took nothing, so that their gradient is 0.
+        scale_sum_ = scale_sum_ + sum * x;
+        shift_sum_ = shift_sum_ + sum;
+        sum = sum * scale_;
+      }
+      store_as_storage_up_to(to_ + at, sum, lanes);
+    }
+
+    // Adds what the outputs gave to the gradients of scale and shift: a window at a time, since the rounding errors of
+    // a sum grow with the number of its terms.
+    VITFAST_INLINE void finish(double* scale_sum, double* shift_sum) {
+      *scale_sum += static_cast<double>(sum_of_lanes<T>(scale_sum_));
+      *shift_sum += static_cast<double>(sum_of_lanes<T>(shift_sum_));
+    }
+
+   private:
+    const BlurActivate<T> activate_;
+    const Vec<T> scale_, shift_;
+    S* to_;
+    const S* primal_ = nullptr;
+    Vec<T> scale_sum_{}, shift_sum_{};
+  };
+
+  template <BlurMode kMode>
+  void run_window(const BlurWindow<T>& window) const {
+    const bool one_group = window.groups() == 1;
+    switch (window.kind) {
+      case Kind::kOne:
+        return one_group ? run_taps<kMode, Kind::kOne, 1>(window) : run_taps<kMode, Kind::kOne, 2>(window);
+      case Kind::kTwo:
+        return one_group ? run_taps<kMode, Kind::kTwo, 1>(window) : run_taps<kMode, Kind::kTwo, 2>(window);
+      case Kind::kPair:
+        return run_taps<kMode, Kind::kPair, 1>(window);
+      case Kind::kAny:
+        return for_each_plane<kMode>([&](int64_t plane, auto& io) { run_any(window, plane, io); });
+    }
+  }
+
+  // For the numbers of taps that are frequent there are versions; but not for what is slow anyway.
+  template <BlurMode kMode, Kind kKind, int kGroups>
+  void run_taps(const BlurWindow<T>& window) const {
+    if constexpr (kMode != BlurMode::kTanhGradient) {
+      switch (window.picks.size() == 1 ? window.most_taps : 0) {
+        case 2:
+          return run_rows<kMode, kKind, kGroups, 2>(window);
+        case 3:
+          return run_rows<kMode, kKind, kGroups, 3>(window);
+        case 4:
+          return run_rows<kMode, kKind, kGroups, 4>(window);
+      }
+    }
+    run_rows<kMode, kKind, kGroups, 0>(window);
+  }
+
+  // Calls f(plane, what its outputs have in common).
+  template <BlurMode kMode, class F>
+  VITFAST_INLINE void for_each_plane(F f) const {
+    for (int64_t plane = begin_; plane < end_; ++plane) {
+      Plane<kMode> io(*this, plane);
+      f(plane, io);
+      if constexpr (is_gradient(kMode)) {
+        io.finish(call_.scale_partial + partial(plane), call_.shift_partial + partial(plane));
+      }
+    }
+  }
+
+  // The window's outputs of all rows; kTaps is how many taps each has, or 0 for any number and any lines.
+  template <BlurMode kMode, Kind kKind, int kGroups, int kTaps>
+  void run_rows(const BlurWindow<T>& window) const {
+    constexpr int64_t kRows = kKind == Kind::kPair ? 2 : 1;
+    constexpr int kHeld = kTaps > 0 ? kTaps : 1;
+    IntVec<T> columns[kGroups][kHeld];
+    Vec<T> weights[kGroups][kHeld];
+    LaneMask<T> mask[kGroups][kHeld];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTaps; ++t) {
+        columns[g][t] = window.picks[0][t].columns(g);
+        weights[g][t] = window.picks[0][t].weights(g);
+        mask[g][t] = not_negative<T>(columns[g][t]);
+      }
+    }
+    const auto shuffled = [](Vec<T> x, Vec<T> y, IntVec<T> lane) VITFAST_INLINE {
+      return kKind == Kind::kOne ? __builtin_shuffle(x, lane) : __builtin_shuffle(x, y, lane);
+    };
+    const Tap* const taps = rows_.taps.data();
+    const int64_t *const first = rows_.begin.data() + group_->first, *const end = rows_.begin.data() + group_->last;
+    const int64_t step = kRows * call_.out_width, lines = static_cast<int64_t>(window.picks.size());
+    const int64_t width = window.columns, outputs = window.outputs;
+    for_each_plane<kMode>([&](int64_t plane, auto& io) VITFAST_INLINE {
+      const T* const from = source(plane) + window.from;
+      int64_t at = window.first;
+      for (const int64_t* begin = first; begin < end; begin += kRows, at += step) {
+        const bool pair = kKind == Kind::kPair && begin + 1 < end;
+        Vec<T> sum[kGroups]{}, x, y;
+        if constexpr (kTaps > 0) {
+          add_rows<kKind, false>(taps, begin, pair, 0, from, width, io, x, y);
+#pragma GCC unroll 2
+          for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 4
+            for (int t = 0; t < kTaps; ++t) {
+              sum[g] = add_where<T>(mask[g][t], sum[g], weights[g][t], shuffled(x, y, columns[g][t]));
+            }
           }
-          if (whole < length) {
-            const Vec<T> z = load_as_compute_up_to(from + whole, length - whole) * scale + shift;
-            store(to + whole, activate<T, activation()>(z, temperature));
+        } else {
+          for (int64_t line = 0; line < lines; ++line) {
+            add_rows<kKind, true>(taps, begin, pair, line, from, width, io, x, y);
+            for (const BlurPick<T>& pick : window.picks[line]) {
+              for (int g = 0; g < kGroups; ++g) {
+                const IntVec<T> taken = pick.columns(g);
+                sum[g] = add_where<T>(not_negative<T>(taken), sum[g], pick.weights(g), shuffled(x, y, taken));
+              }
+            }
           }
-          to += length;
+        }
+        const int64_t all = pair ? 2 * outputs : outputs;
+        if constexpr (kGroups == 1) {
+          io.emit(at, sum[0], all);
+        } else {
+          io.emit(at, sum[0], kVector);
+          io.emit(at + kVector, sum[1], all - kVector);
         }
       }
     });
-    return input_;
   }
 
-  Vec<T> per_plane(const void* values, T otherwise, int64_t plane) const {
-    return broadcast(values == nullptr ? otherwise : static_cast<const T*>(values)[plane % call_.channels]);
-  }
-
-  // Every output row of the strip, a weighted sum of rows of `from`, into rows of `to` that follow each other.
-  template <class To>
-  void combine_rows(const T* from, int64_t width, int64_t planes, To* to) const {
-    const BlurStrips& strips = call_.strips;
-    const Repeat plane{planes, strip_->rows * width, strip_->outputs() * width};
-    for (int64_t s = strip_->first_series; s < strip_->last_series; ++s) {
-      const BlurSeries& series = strips.series[s];
-      const BlurTap* tap = strips.matrix.taps.data() + strips.matrix.begin[series.first];
-      const int64_t taps = strips.matrix.begin[series.first + 1] - strips.matrix.begin[series.first];
-      for (int64_t t = 0; t < taps; ++t) {
-        sources_[t] = from + tap[t].from * width + tap[t].line * line_size();
-        weights_[t] = static_cast<T>(tap[t].weight);
+  // The rows that an output row needs, of one line or of the only one, added up in the window's columns; `begin` is
+  // where the row's taps begin.
+  template <Kind kKind, bool kLines, class Io>
+  VITFAST_INLINE static void add_rows(const Tap* taps, const int64_t* begin, bool pair, int64_t line, const T* from,
+                                      int64_t columns, const Io& io, Vec<T>& x, Vec<T>& y) {
+    x = y = Vec<T>{};
+    for (const Tap *tap = taps + begin[0], *last = taps + begin[1]; tap < last; ++tap) {
+      if (kLines && tap->line != line) continue;
+      const Vec<T> weight = broadcast(tap->weight);
+      const T* row = from + tap->at;
+      if constexpr (kKind == Kind::kTwo) {
+        x = x + weight * io.load_input(row, kVector);
+        y = y + weight * io.load_input(row + kVector, columns - kVector);
+      } else {
+        x = x + weight * io.load_input(row, columns);
       }
-      To* const out = to + (series.first - strip_->first) * width;
-      // Rows that follow each other in both are as good as one.
-      const bool one = strips.period == 1 && series.step == 1;
-      const int64_t length = one ? series.count * width : width;
-      const Repeat row = one ? Repeat{} : Repeat{series.count, series.step * width, strips.period * width};
-      combine(sources_, weights_, taps, length, row, plane,
-              [=](int64_t at, Vec<T> sum, int64_t lanes) { store_as_storage_up_to(out + at, sum, lanes); });
+    }
+    if (!pair) return;
+    for (const Tap *tap = taps + begin[1], *last = taps + begin[2]; tap < last; ++tap) {
+      if (kLines && tap->line != line) continue;
+      y = y + tap->weight * io.load_input(from + tap->at, columns);
     }
   }
 
-  // The gradient of x from that of u, over it if it is streamed, and what the strip of a plane adds to those of scale
-  // and shift.
-  void write_gradient(int64_t plane, T* grad) const {
-    const int64_t length = strip_->outputs() * call_.out_width;
-    const S* primal = static_cast<const S*>(call_.primal) + (output(plane) - static_cast<S*>(call_.out));
-    S* to = output(plane);
-    const Vec<T> scale = per_plane(call_.prologue.scale, T{1}, plane),
-                 shift = per_plane(call_.prologue.shift, T{0}, plane);
-    const T temperature = static_cast<T>(call_.prologue.temperature);
-    double scale_sum = 0, shift_sum = 0;
-    with_activation(call_.prologue.activation, [&](auto activation) {
-      // Some at a time: the rounding errors of a sum grow with the number of its terms.
-      constexpr int64_t kTerms = 32 * kVector;
-      for (int64_t begin = 0; begin < length; begin += kTerms) {
-        const int64_t end = std::min(begin + kTerms, length);
-        Vec<T> scale_part{}, shift_part{};
-        const auto step = [&](int64_t j, int64_t lanes) {
-          const Vec<T> x = load_as_compute_up_to(primal + j, lanes), g = load_up_to(grad + j, lanes);
-          const Vec<T> dz = activate_backward<T, activation()>(x * scale + shift, g, temperature);
-          streamed_ ? store_up_to(grad + j, dz * scale, lanes) : store_as_storage_up_to(to + j, dz * scale, lanes);
-          scale_part = scale_part + dz * x;  // beyond the end, g and x are zero
-          shift_part = shift_part + dz;
-        };
-        int64_t j = begin;
-        for (; j + kVector <= end; j += kVector) step(j, kVector);
-        if (j < end) step(j, end - j);
-        scale_sum += static_cast<double>(sum_of_lanes<T>(scale_part));
-        shift_sum += static_cast<double>(sum_of_lanes<T>(shift_part));
+  template <class Io>
+  void run_any(const BlurWindow<T>& window, int64_t plane, Io& io) const {
+    const T* const from = source(plane) + window.from;
+    for (int64_t row = group_->first; row < group_->last; ++row) {
+      Vec<T> sum{}, x, y;
+      for (int64_t line = 0; line < static_cast<int64_t>(window.picks.size()); ++line) {
+        for (const BlurPick<T>& pick : window.picks[line]) {
+          const int64_t* begin = &rows_.begin[row];
+          add_rows<Kind::kOne, true>(rows_.taps.data(), begin, false, line, from + pick.column[0], 1, io, x, y);
+          sum = sum + pick.weight[0] * x;
+        }
       }
-    });
-    const int64_t image = plane / call_.channels, channel = plane % call_.channels;
-    const int64_t at = (image * call_.strip_count() + strip_number_) * call_.channels + channel;
-    call_.scale_partial[at] = scale_sum;
-    call_.shift_partial[at] = shift_sum;
+      io.emit((row - group_->first) * call_.out_width + window.first, sum, 1);
+    }
   }
 
   const BlurCall& call_;
-  const std::vector<BlurColumns<T>>& columns_;
-  const bool rows_first_, streamed_, buffered_;
-  int64_t planes_, bytes_, before_ = 0, after_ = 0;
-  T *input_, *combined_, *blurred_, *result_, *weights_;
-  const T** sources_;
-  const BlurStrip* strip_;
-  int64_t strip_number_, plane_;
+  const BlurRowTaps<T>& rows_;
+  const std::vector<BlurWindow<T>>& windows_;
+  const bool streamed_;
+  const int64_t planes_;
+  const BlurActivate<T> activate_;
+  const BlurChannels<T> scale_, shift_;
+  int64_t bytes_, most_outputs_ = 0, strip_, begin_, end_;
+  const BlurRows::Group* group_;
+  T* slots_;
+  S* buffer_;
 };
 
 template <class S>
 void blur_planes(const BlurCall& call) {
-  std::vector<BlurColumns<Compute<S>>> columns;
-  for (size_t line = 0; line < call.columns.size(); ++line) columns.emplace_back(call, line);
+  using T = Compute<S>;
+  const BlurRowTaps<T> rows(call.rows.matrix, call.in_width);
+  const std::vector<BlurWindow<T>> windows = windows_of<T>(call);
   const int64_t planes = call.batch * call.channels, at_a_time = BlurPlanes<S>::planes_at_a_time(call);
-  const int64_t strips = call.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
+  const int64_t strips = call.rows.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
   const int64_t work = at_a_time * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
   parallel_for(chunks * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
-    BlurPlanes<S> worker(call, columns);
+    BlurPlanes<S> worker(call, rows, windows);
     const Scratch scratch(worker.bytes());
     worker.bind(scratch.data());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / strips * at_a_time;
-      worker.run(plane, std::min(at_a_time, planes - plane), task % strips);
+      worker.run(plane, std::min(plane + at_a_time, planes), task % strips);
     }
     finish_streaming();
   });

@@ -19,6 +19,11 @@
 
 #include "cpu/storage.h"
 
+// For what must be inlined: vectors that a function takes or gives by address are in memory otherwise.
+#ifndef VITFAST_INLINE
+#define VITFAST_INLINE __attribute__((always_inline))
+#endif
+
 namespace vitfast::cpu::VITFAST_ISA {
 
 using BFloat16 = torch::headeronly::BFloat16;
@@ -188,11 +193,18 @@ inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
   }
 }
 
+template <class T, int kHalf, int... L>
+inline T sum_of_halves(Vec<T> x, std::integer_sequence<int, L...> lanes) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    return sum_of_halves<T, kHalf / 2>(x + __builtin_shuffle(x, IntVec<T>{((L + kHalf) % kLanes<T>)...}), lanes);
+  }
+}
+
 template <class T>
 inline T sum_of_lanes(Vec<T> x) {
-  T sum{};
-  for (int l = 0; l < kLanes<T>; ++l) sum += x[l];
-  return sum;
+  return sum_of_halves<T, kLanes<T> / 2>(x, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
 // The elements of a 128-bit part of a vector, within which shuffles are cheapest.
