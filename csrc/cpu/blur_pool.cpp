@@ -221,6 +221,7 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   call.storage = cpu::storage_of(like.scalar_type());
   call.channels_last = channels_last;
   call.prologue = prologue;
+  call.row_period = transpose ? stride[0] : 1;
   call.column_period = transpose ? stride[1] : 1;
   call.batch = like.size(0);
   call.channels = like.size(1);

@@ -25,13 +25,8 @@ struct BlurMatrix {
 
   int64_t outputs() const { return static_cast<int64_t>(begin.size()) - 1; }
   int64_t taps_of(int64_t output) const { return begin[output + 1] - begin[output]; }
+  const BlurTap* first_tap(int64_t output) const { return taps.data() + begin[output]; }
 };
-// Outputs first, first + period, ... whose taps are those of the first, but for inputs that lie `step` further each
-// time; 0 if there is one.
-struct BlurSeries {
-  int64_t first, count, step;
-};
-
 // The matrix for rows, and the order in which its outputs are computed: in strips, which may be computed at the same
 // time, of groups. Where rows of the input are prepared (widened, or their prologue is dear), each has a slot, where
 // later groups of the strip may find it, and the taps of the matrix count slots.
@@ -71,8 +66,8 @@ struct BlurCall {
   bool prepared;  // whether rows of the input go through slots
   int64_t batch, channels, in_height, in_width, out_height, out_width;
   BlurRows rows;
-  std::vector<BlurMatrix> columns;  // one for each line of the kernel, or a single one
-  int64_t column_period;            // that many series take turns along a row
+  std::vector<BlurMatrix> columns;    // one for each line of the kernel, or a single one
+  int64_t row_period, column_period;  // every so many outputs are likely to have the same taps
   const void* in;
   void* out;
   BlurPrologue prologue;  // of the input; of `primal` if there is one, whose gradient is then written

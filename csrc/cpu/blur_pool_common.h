@@ -9,27 +9,46 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
-// ---- the matrix for rows, in the type that is computed in ----------------------------------------------------------
+// ---- outputs with the same taps -------------------------------------------------------------------------------------
 
-template <class T>
-struct BlurRowTaps {
-  struct Tap {
-    int64_t at;  // where the row begins, in an image (or plane) or among the slots
-    int64_t line;
-    T weight;
-  };
-  std::vector<int64_t> begin;
-  std::vector<Tap> taps;
+// Outputs first, first + period, ...: the inputs of each lie `step` further than those of the one before.
+struct BlurSeries {
+  int64_t first, count, step;
+};
 
-  // `row_size` values lie between the beginnings of two rows.
-  BlurRowTaps(const BlurMatrix& matrix, int64_t row_size) : begin(matrix.begin) {
-    for (const BlurTap& tap : matrix.taps) {
-      taps.push_back({tap.from * row_size, tap.line, static_cast<T>(tap.weight)});
+// How much further the inputs of output b lie than those of output a, or 0 if the taps differ in anything else.
+inline int64_t step_between(const BlurMatrix& matrix, int64_t a, int64_t b) {
+  const int64_t count = matrix.taps_of(a);
+  const BlurTap *from = matrix.first_tap(a), *to = matrix.first_tap(b);
+  if (count == 0 || matrix.taps_of(b) != count) return 0;
+  const int64_t step = to->from - from->from;
+  for (int64_t t = 0; t < count; ++t) {
+    const bool alike = to[t].from - from[t].from == step && to[t].line == from[t].line;
+    if (!alike || to[t].weight != from[t].weight) return 0;
+  }
+  return std::max<int64_t>(step, 0);
+}
+
+// The outputs [first, last) in series; those of a series have the same taps in all matrices.
+inline std::vector<BlurSeries> series_of(const BlurMatrix* begin, const BlurMatrix* end, int64_t first, int64_t last,
+                                         int64_t period) {
+  std::vector<BlurSeries> series;
+  for (int64_t phase = first; phase < std::min(first + period, last); ++phase) {
+    for (int64_t o = phase; o < last; o += period) {
+      int64_t step = o > phase ? step_between(*begin, o - period, o) : 0;
+      for (const BlurMatrix* other = begin + 1; other < end; ++other) {
+        if (o > phase && step_between(*other, o - period, o) != step) step = 0;
+      }
+      if (step > 0 && (series.back().count == 1 || series.back().step == step)) {
+        series.back().step = step;
+        ++series.back().count;
+      } else {
+        series.push_back({o, 1, 0});
+      }
     }
   }
-  const Tap* first(int64_t output) const { return taps.data() + begin[output]; }
-  const Tap* last(int64_t output) const { return taps.data() + begin[output + 1]; }
-};
+  return series;
+}
 
 // ---- the prologue and its derivative --------------------------------------------------------------------------------
 

@@ -10,58 +10,53 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
-// Outputs of a row: the first, and every `period`-th after it, whose inputs lie `step` further each time.
+// The matrix for rows, in the type that is computed in.
+template <class T>
+struct BlurRowTaps {
+  struct Tap {
+    int64_t at;  // where the row begins, in an image or among the slots
+    int64_t line;
+    T weight;
+  };
+  std::vector<int64_t> begin;
+  std::vector<Tap> taps;
+
+  // `row_size` values lie between the beginnings of two rows.
+  BlurRowTaps(const BlurMatrix& matrix, int64_t row_size) : begin(matrix.begin) {
+    for (const BlurTap& tap : matrix.taps) {
+      taps.push_back({tap.from * row_size, tap.line, static_cast<T>(tap.weight)});
+    }
+  }
+  const Tap* first(int64_t output) const { return taps.data() + begin[output]; }
+  const Tap* last(int64_t output) const { return taps.data() + begin[output + 1]; }
+};
+
+// A series of outputs of a row.
 template <class T>
 struct BlurSlide {
   struct Tap {
     int64_t from, line;
     T weight;
   };
-  int64_t first, count, step;
+  BlurSeries series;
   bool neighbours;  // whether the taps are neighbours, all of one line
   std::vector<Tap> taps;
 };
 
-// How much further the inputs of output b lie than those of output a, or 0 if the taps differ in anything else.
-inline int64_t step_between(const std::vector<BlurMatrix>& columns, int64_t a, int64_t b) {
-  int64_t step = 0;
-  for (const BlurMatrix& matrix : columns) {
-    const int64_t count = matrix.taps_of(a);
-    if (matrix.taps_of(b) != count) return 0;
-    const BlurTap *from = matrix.taps.data() + matrix.begin[a], *to = matrix.taps.data() + matrix.begin[b];
-    for (int64_t t = 0; t < count; ++t) {
-      if (step == 0) step = to[t].from - from[t].from;
-      if (to[t].from - from[t].from != step || to[t].weight != from[t].weight) return 0;
-    }
-  }
-  return std::max<int64_t>(step, 0);
-}
-
 template <class T>
 inline std::vector<BlurSlide<T>> slides_of(const BlurCall& call) {
-  const std::vector<BlurMatrix>& columns = call.columns;
-  const int64_t period = call.column_period;
   std::vector<BlurSlide<T>> slides;
-  for (int64_t phase = 0; phase < std::min(period, call.out_width); ++phase) {
-    for (int64_t o = phase; o < call.out_width; o += period) {
-      if (!slides.empty() && o > phase) {
-        BlurSlide<T>& slide = slides.back();
-        const int64_t step = step_between(columns, o - period, o);
-        if (step > 0 && (slide.count == 1 || step == slide.step)) {
-          slide.step = step;
-          ++slide.count;
-          continue;
-        }
+  const BlurMatrix *columns = call.columns.data(), *end = columns + call.columns.size();
+  for (const BlurSeries& series : series_of(columns, end, 0, call.out_width, call.column_period)) {
+    BlurSlide<T>& slide = slides.emplace_back();
+    slide.series = series;
+    slide.neighbours = call.columns.size() == 1;
+    for (const BlurMatrix* line = columns; line < end; ++line) {
+      for (int64_t t = 0; t < line->taps_of(series.first); ++t) {
+        const BlurTap& tap = line->first_tap(series.first)[t];
+        slide.neighbours = slide.neighbours && (t == 0 || tap.from == slide.taps.back().from + 1);
+        slide.taps.push_back({tap.from, line - columns, static_cast<T>(tap.weight)});
       }
-      BlurSlide<T> slide{o, 1, 0, columns.size() == 1, {}};
-      for (int64_t line = 0; line < static_cast<int64_t>(columns.size()); ++line) {
-        for (int64_t i = columns[line].begin[o]; i < columns[line].begin[o + 1]; ++i) {
-          const BlurTap& tap = columns[line].taps[i];
-          slide.neighbours = slide.neighbours && (slide.taps.empty() || tap.from == slide.taps.back().from + 1);
-          slide.taps.push_back({tap.from, line, static_cast<T>(tap.weight)});
-        }
-      }
-      slides.push_back(std::move(slide));
     }
   }
   return slides;
@@ -229,7 +224,8 @@ class BlurPixels {
   void slide_all(int64_t row, int64_t c, int64_t lanes) const {
     for (const BlurSlide<T>& slide : slides_) {
       if constexpr (kMode != BlurMode::kTanhGradient) {
-        switch (slide.neighbours && slide.count > 1 ? 10 * slide.step + static_cast<int64_t>(slide.taps.size()) : 0) {
+        const int64_t taps = static_cast<int64_t>(slide.taps.size());
+        switch (slide.neighbours && slide.series.count > 1 ? 10 * slide.series.step + taps : 0) {
           case 11:
             slide_by<kMode, kCount, 1, 1>(slide, row, c, lanes);
             continue;
@@ -261,14 +257,15 @@ class BlurPixels {
     constexpr int kKept = kTaps - kStep;
     Channels<kMode, kCount> channels(*this, row, c, lanes);
     const auto *first = rows_.first(row), *last = rows_.last(row);
-    const int64_t size = channels_, period = call_.column_period, end = slide.first + slide.count * period;
+    const BlurSeries& series = slide.series;
+    const int64_t size = channels_, period = call_.column_period, end = series.first + series.count * period;
     const T* from = source() + slide.taps[0].from * size + c;
     Vec<T> weight[kTaps], column[kTaps][kCount];
 #pragma GCC unroll 4
     for (int t = 0; t < kTaps; ++t) weight[t] = broadcast(slide.taps[t].weight);
 #pragma GCC unroll 4
     for (int t = 0; t < kKept; ++t) add_pixels<kCount>(from + t * size, first, last, channels, column[t]);
-    for (int64_t o = slide.first; o < end; o += period, from += kStep * size) {
+    for (int64_t o = series.first; o < end; o += period, from += kStep * size) {
 #pragma GCC unroll 4
       for (int t = kKept; t < kTaps; ++t) add_pixels<kCount>(from + t * size, first, last, channels, column[t]);
       Vec<T> sum[kCount];
@@ -291,17 +288,17 @@ class BlurPixels {
     Channels<kMode, kCount> channels(*this, row, c, lanes);
     const auto *first = rows_.first(row), *last = rows_.last(row);
     const bool one_line = call_.columns.size() == 1;
-    for (int64_t i = 0; i < slide.count; ++i) {
+    for (int64_t i = 0; i < slide.series.count; ++i) {
       Vec<T> sum[kCount]{}, column[kCount];
       for (const auto& tap : slide.taps) {
-        const T* from = source() + (tap.from + i * slide.step) * channels_ + c;
+        const T* from = source() + (tap.from + i * slide.series.step) * channels_ + c;
         for (const auto* of = first; of < last; of = one_line ? last : of + 1) {
           if (!one_line && of->line != tap.line) continue;
           add_pixels<kCount>(from, of, one_line ? last : of + 1, channels, column);
           for (int v = 0; v < kCount; ++v) sum[v] = sum[v] + tap.weight * column[v];
         }
       }
-      channels.emit(slide.first + i * call_.column_period, sum);
+      channels.emit(slide.series.first + i * call_.column_period, sum);
     }
     channels.finish(sums_ + c, sums_ + padded_channels() + c);
   }

@@ -49,6 +49,41 @@ inline Vec<T> add_where(LaneMask<T> mask, Vec<T> sum, Vec<T> weight, Vec<T> x) {
 #endif
 }
 
+// The first lanes of a vector, as many as `count`; with AVX-512 the mask is made once.
+template <class T>
+class FirstLanes {
+ public:
+  explicit FirstLanes(int64_t count) : count_(std::min<int64_t>(count, kLanes<T>)) {
+#if VITFAST_VECTOR_BYTES == 64
+    mask_ = static_cast<LaneMask<T>>((1u << count_) - 1);
+#endif
+  }
+
+  template <class S>
+  VITFAST_INLINE Vec<T> load(const S* p) const {
+#if VITFAST_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<S, float>) return (Vec<T>)_mm512_maskz_loadu_ps(mask_, p);
+    if constexpr (std::is_same_v<S, double>) return (Vec<T>)_mm512_maskz_loadu_pd(mask_, p);
+#endif
+    return load_as_compute_up_to(p, count_);
+  }
+
+  template <class S>
+  VITFAST_INLINE void store(S* p, Vec<T> x) const {
+#if VITFAST_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p, mask_, (__m512)x);
+    if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(p, mask_, (__m512d)x);
+#endif
+    store_as_storage_up_to(p, x, count_);
+  }
+
+ private:
+  int64_t count_;
+#if VITFAST_VECTOR_BYTES == 64
+  LaneMask<T> mask_;
+#endif
+};
+
 // ---- windows -------------------------------------------------------------------------------------------------------
 
 // The most vectors of outputs that a window has.
@@ -109,7 +144,7 @@ inline std::vector<BlurWindow<T>> windows_up_to(const BlurCall& call, int64_t co
     }
     if (window.columns > kLanes<T>) window.kind = Kind::kTwo;
     if (window.columns > 2 * kLanes<T>) window.kind = Kind::kAny;
-    const bool whole = window.outputs == call.out_width;
+    const bool whole = window.outputs == call.out_width && call.row_period == 1;
     if (whole && window.kind == Kind::kOne && 2 * window.outputs <= kLanes<T>) window.kind = Kind::kPair;
     first += window.outputs;
     windows.push_back(window);
@@ -117,13 +152,14 @@ inline std::vector<BlurWindow<T>> windows_up_to(const BlurCall& call, int64_t co
   return windows;
 }
 
-// About how many vector instructions a row of outputs takes.
+// About how many cycles a row of outputs takes. Windows go down all rows one after the other, so that each touches
+// memory anew: that costs as much as several instructions.
 template <class T>
 inline int64_t cost_of(const std::vector<BlurWindow<T>>& windows, int64_t row_taps, int64_t column_taps) {
   int64_t cost = 0;
   for (const BlurWindow<T>& window : windows) {
     const int64_t vectors = (window.columns + kLanes<T> - 1) / kLanes<T>;
-    cost += 2 * row_taps * vectors + 2 * column_taps * window.groups();
+    cost += 6 + 2 * row_taps * vectors + 2 * column_taps * window.groups();
   }
   return cost;
 }
@@ -166,17 +202,48 @@ inline std::vector<BlurWindow<T>> windows_of(const BlurCall& call) {
   return windows;
 }
 
+// ---- rows
+// ------------------------------------------------------------------------------------------------------------
+
+// A series of rows of outputs of a strip.
+template <class T>
+struct BlurRun {
+  struct Tap {
+    int64_t at, line;  // where the row of the input begins, in a plane or among the slots
+    T weight;
+  };
+  BlurSeries series;
+  int64_t step;  // from the rows of an output to those of the next
+  std::vector<Tap> taps;
+};
+
+template <class T>
+inline std::vector<BlurRun<T>> runs_of(const BlurCall& call, const BlurRows::Group& group) {
+  std::vector<BlurRun<T>> runs;
+  const BlurMatrix& matrix = call.rows.matrix;
+  for (const BlurSeries& series : series_of(&matrix, &matrix + 1, group.first, group.last, call.row_period)) {
+    BlurRun<T>& run = runs.emplace_back();
+    run.series = series;
+    run.step = series.step * call.in_width;
+    for (int64_t t = 0; t < matrix.taps_of(series.first); ++t) {
+      const BlurTap& tap = matrix.first_tap(series.first)[t];
+      run.taps.push_back({tap.from * call.in_width, tap.line, static_cast<T>(tap.weight)});
+    }
+  }
+  return runs;
+}
+
 template <class S>
 class BlurPlanes {
   using T = Compute<S>;
-  using Tap = typename BlurRowTaps<T>::Tap;
+  using Run = BlurRun<T>;
   using Kind = BlurWindowKind;
   static constexpr int64_t kVector = kLanes<T>;
 
  public:
-  BlurPlanes(const BlurCall& call, const BlurRowTaps<T>& rows, const std::vector<BlurWindow<T>>& windows)
+  BlurPlanes(const BlurCall& call, const std::vector<std::vector<Run>>& runs, const std::vector<BlurWindow<T>>& windows)
       : call_(call),
-        rows_(rows),
+        all_runs_(runs),
         windows_(windows),
         streamed_(is_streamed<S>(call)),
         planes_(planes_at_a_time(call)),
@@ -209,6 +276,7 @@ class BlurPlanes {
   void run(int64_t begin, int64_t end, int64_t strip) {
     strip_ = strip;
     group_ = &call_.rows.groups[strip];
+    runs_ = &all_runs_[strip];
     begin_ = begin, end_ = end;
     for (int64_t plane = begin; plane < end; ++plane) {
       for (int64_t i = group_->begin; i < group_->end; ++i) prepare(plane, call_.rows.loads[i]);
@@ -272,23 +340,23 @@ class BlurPlanes {
       if constexpr (is_gradient(kMode)) primal_ = static_cast<const S*>(blur.call_.primal) + offset;
     }
 
-    VITFAST_INLINE Vec<T> load_input(const T* p, int64_t lanes) const {
-      const Vec<T> x = load_up_to(p, lanes);
+    VITFAST_INLINE Vec<T> load_input(const T* p, FirstLanes<T> lanes) const {
+      const Vec<T> x = lanes.load(p);
       if constexpr (kMode == BlurMode::kClamp) return activate_.clamp(x * scale_ + shift_);
       return x;
     }
 
     // Outputs from place `at` in the strip on.
-    VITFAST_INLINE void emit(int64_t at, Vec<T> sum, int64_t lanes) {
+    VITFAST_INLINE void emit(int64_t at, Vec<T> sum, FirstLanes<T> lanes) {
       if constexpr (is_gradient(kMode)) {
-        const Vec<T> x = load_as_compute_up_to(primal_ + at, lanes);
+        const Vec<T> x = lanes.load(primal_ + at);
         sum = activate_.template backward<kMode == BlurMode::kTanhGradient>(x * scale_ + shift_, sum);
         // Lanes beyond the last took nothing, so that their gradient is 0.
         scale_sum_ = scale_sum_ + sum * x;
         shift_sum_ = shift_sum_ + sum;
         sum = sum * scale_;
       }
-      store_as_storage_up_to(to_ + at, sum, lanes);
+      lanes.store(to_ + at, sum);
     }
 
     // Adds what the outputs gave to the gradients of scale and shift: a window at a time, since the rounding errors of
@@ -311,30 +379,44 @@ class BlurPlanes {
     const bool one_group = window.groups() == 1;
     switch (window.kind) {
       case Kind::kOne:
-        return one_group ? run_taps<kMode, Kind::kOne, 1>(window) : run_taps<kMode, Kind::kOne, 2>(window);
+        return one_group ? run_kind<kMode, Kind::kOne, 1>(window) : run_kind<kMode, Kind::kOne, 2>(window);
       case Kind::kTwo:
-        return one_group ? run_taps<kMode, Kind::kTwo, 1>(window) : run_taps<kMode, Kind::kTwo, 2>(window);
+        return one_group ? run_kind<kMode, Kind::kTwo, 1>(window) : run_kind<kMode, Kind::kTwo, 2>(window);
       case Kind::kPair:
-        return run_taps<kMode, Kind::kPair, 1>(window);
+        return run_kind<kMode, Kind::kPair, 1>(window);
       case Kind::kAny:
-        return for_each_plane<kMode>([&](int64_t plane, auto& io) { run_any(window, plane, io); });
+        return run_any<kMode>(window);
     }
   }
 
-  // For the numbers of taps that are frequent there are versions; but not for what is slow anyway.
+  // For the numbers of taps that are frequent, of rows and of columns, there are versions; but not for what is slow
+  // anyway.
   template <BlurMode kMode, Kind kKind, int kGroups>
-  void run_taps(const BlurWindow<T>& window) const {
-    if constexpr (kMode != BlurMode::kTanhGradient) {
-      switch (window.picks.size() == 1 ? window.most_taps : 0) {
-        case 2:
-          return run_rows<kMode, kKind, kGroups, 2>(window);
-        case 3:
-          return run_rows<kMode, kKind, kGroups, 3>(window);
-        case 4:
-          return run_rows<kMode, kKind, kGroups, 4>(window);
+  void run_kind(const BlurWindow<T>& window) const {
+    for (const Run& run : *runs_) {
+      const int64_t row_taps = static_cast<int64_t>(run.taps.size());
+      if constexpr (kMode != BlurMode::kTanhGradient) {
+        switch (window.picks.size() > 1 || row_taps == 0 ? 0 : window.most_taps) {
+          case 2:
+            if (row_taps == 1) {
+              run_rows<kMode, kKind, kGroups, 1, 2>(window, run);
+              continue;
+            }
+            if (row_taps > 2) break;
+            run_rows<kMode, kKind, kGroups, 2, 2>(window, run);
+            continue;
+          case 3:
+            if (row_taps > 3) break;
+            run_rows<kMode, kKind, kGroups, 3, 3>(window, run);
+            continue;
+          case 4:
+            if (row_taps > 4) break;
+            run_rows<kMode, kKind, kGroups, 4, 4>(window, run);
+            continue;
+        }
       }
+      run_rows<kMode, kKind, kGroups, 0, 0>(window, run);
     }
-    run_rows<kMode, kKind, kGroups, 0>(window);
   }
 
   // Calls f(plane, what its outputs have in common).
@@ -349,48 +431,74 @@ class BlurPlanes {
     }
   }
 
-  // The window's outputs of all rows; kTaps is how many taps each has, or 0 for any number and any lines.
-  template <BlurMode kMode, Kind kKind, int kGroups, int kTaps>
-  void run_rows(const BlurWindow<T>& window) const {
-    constexpr int64_t kRows = kKind == Kind::kPair ? 2 : 1;
-    constexpr int kHeld = kTaps > 0 ? kTaps : 1;
+  // The window's outputs of a run of rows; kRowTaps and kColumnTaps are how many taps each has (a row may have fewer),
+  // or 0 for any number and any lines.
+  template <BlurMode kMode, Kind kKind, int kGroups, int kRowTaps, int kColumnTaps>
+  void run_rows(const BlurWindow<T>& window, const Run& run) const {
+    constexpr bool kAny = kColumnTaps == 0;
+    constexpr int kHeld = kAny ? 1 : kColumnTaps, kRows = kAny ? 1 : kRowTaps;
     IntVec<T> columns[kGroups][kHeld];
-    Vec<T> weights[kGroups][kHeld];
+    Vec<T> weights[kGroups][kHeld], row_weight[kRows];
     LaneMask<T> mask[kGroups][kHeld];
+    int64_t row_at[kRows];
+    if constexpr (!kAny) {
 #pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 4
-      for (int t = 0; t < kTaps; ++t) {
-        columns[g][t] = window.picks[0][t].columns(g);
-        weights[g][t] = window.picks[0][t].weights(g);
-        mask[g][t] = not_negative<T>(columns[g][t]);
+        for (int t = 0; t < kColumnTaps; ++t) {
+          columns[g][t] = window.picks[0][t].columns(g);
+          weights[g][t] = window.picks[0][t].weights(g);
+          mask[g][t] = not_negative<T>(columns[g][t]);
+        }
+      }
+      // Where a row has fewer taps, the last one is halved.
+      T halves = 1;
+#pragma GCC unroll 4
+      for (int t = 0; t < kRowTaps; ++t) {
+        const int64_t after = static_cast<int64_t>(run.taps.size()) - 1 - t;
+        const auto& tap = after >= 0 ? run.taps[t] : run.taps.back();
+        if (after <= 0 && t + 1 < kRowTaps) halves /= 2;
+        row_weight[t] = broadcast(after > 0 ? tap.weight : tap.weight * halves);
+        row_at[t] = tap.at;
       }
     }
     const auto shuffled = [](Vec<T> x, Vec<T> y, IntVec<T> lane) VITFAST_INLINE {
       return kKind == Kind::kOne ? __builtin_shuffle(x, lane) : __builtin_shuffle(x, y, lane);
     };
-    const Tap* const taps = rows_.taps.data();
-    const int64_t *const first = rows_.begin.data() + group_->first, *const end = rows_.begin.data() + group_->last;
-    const int64_t step = kRows * call_.out_width, lines = static_cast<int64_t>(window.picks.size());
-    const int64_t width = window.columns, outputs = window.outputs;
+    const FirstLanes<T> low(window.columns), high(std::max<int64_t>(window.columns - kVector, 0));
+    const FirstLanes<T> first_outputs(window.outputs);
+    const FirstLanes<T> last_outputs(kKind == Kind::kPair ? 2 * window.outputs : window.outputs - kVector);
+    const int64_t row_step = call_.row_period * call_.out_width, end = run.series.count;
     for_each_plane<kMode>([&](int64_t plane, auto& io) VITFAST_INLINE {
-      const T* const from = source(plane) + window.from;
-      int64_t at = window.first;
-      for (const int64_t* begin = first; begin < end; begin += kRows, at += step) {
-        const bool pair = kKind == Kind::kPair && begin + 1 < end;
-        Vec<T> sum[kGroups]{}, x, y;
-        if constexpr (kTaps > 0) {
-          add_rows<kKind, false>(taps, begin, pair, 0, from, width, io, x, y);
-#pragma GCC unroll 2
-          for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 4
-            for (int t = 0; t < kTaps; ++t) {
-              sum[g] = add_where<T>(mask[g][t], sum[g], weights[g][t], shuffled(x, y, columns[g][t]));
-            }
+      const T* from = source(plane) + window.from;
+      int64_t at = (run.series.first - group_->first) * call_.out_width + window.first;
+      // Adds up the rows that output `row` of the run needs.
+      const auto add_rows = [&](const T* row, int64_t line, FirstLanes<T> lanes) VITFAST_INLINE {
+        Vec<T> sum{};
+        if constexpr (kAny) {
+          for (const auto& tap : run.taps) {
+            if (tap.line == line) sum = sum + tap.weight * io.load_input(row + tap.at, lanes);
           }
         } else {
-          for (int64_t line = 0; line < lines; ++line) {
-            add_rows<kKind, true>(taps, begin, pair, line, from, width, io, x, y);
+          sum = row_weight[0] * io.load_input(row + row_at[0], lanes);
+#pragma GCC unroll 4
+          for (int t = 1; t < kRowTaps; ++t) sum = sum + row_weight[t] * io.load_input(row + row_at[t], lanes);
+        }
+        return sum;
+      };
+      for (int64_t row = 0; row < end; ++row, from += run.step, at += row_step) {
+        const bool pair = kKind == Kind::kPair && row + 1 < end;
+        Vec<T> sum[kGroups]{}, x, y{};
+        const auto add_window = [&](int64_t line) VITFAST_INLINE {
+          x = add_rows(from, line, low);
+          if constexpr (kKind == Kind::kTwo) y = add_rows(from + kVector, line, high);
+          if constexpr (kKind == Kind::kPair) {
+            if (pair) y = add_rows(from + run.step, line, low);
+          }
+        };
+        if constexpr (kAny) {
+          for (int64_t line = 0; line < static_cast<int64_t>(window.picks.size()); ++line) {
+            add_window(line);
             for (const BlurPick<T>& pick : window.picks[line]) {
               for (int g = 0; g < kGroups; ++g) {
                 const IntVec<T> taken = pick.columns(g);
@@ -398,60 +506,52 @@ class BlurPlanes {
               }
             }
           }
-        }
-        const int64_t all = pair ? 2 * outputs : outputs;
-        if constexpr (kGroups == 1) {
-          io.emit(at, sum[0], all);
         } else {
-          io.emit(at, sum[0], kVector);
-          io.emit(at + kVector, sum[1], all - kVector);
+          add_window(0);
+#pragma GCC unroll 2
+          for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 4
+            for (int t = 0; t < kColumnTaps; ++t) {
+              sum[g] = add_where<T>(mask[g][t], sum[g], weights[g][t], shuffled(x, y, columns[g][t]));
+            }
+          }
+        }
+        if constexpr (kKind == Kind::kPair) {
+          io.emit(at, sum[0], pair ? last_outputs : first_outputs);
+          if (pair) ++row, from += run.step, at += row_step;
+        } else {
+          io.emit(at, sum[0], first_outputs);
+          if constexpr (kGroups == 2) io.emit(at + kVector, sum[1], last_outputs);
         }
       }
     });
   }
 
-  // The rows that an output row needs, of one line or of the only one, added up in the window's columns; `begin` is
-  // where the row's taps begin.
-  template <Kind kKind, bool kLines, class Io>
-  VITFAST_INLINE static void add_rows(const Tap* taps, const int64_t* begin, bool pair, int64_t line, const T* from,
-                                      int64_t columns, const Io& io, Vec<T>& x, Vec<T>& y) {
-    x = y = Vec<T>{};
-    for (const Tap *tap = taps + begin[0], *last = taps + begin[1]; tap < last; ++tap) {
-      if (kLines && tap->line != line) continue;
-      const Vec<T> weight = broadcast(tap->weight);
-      const T* row = from + tap->at;
-      if constexpr (kKind == Kind::kTwo) {
-        x = x + weight * io.load_input(row, kVector);
-        y = y + weight * io.load_input(row + kVector, columns - kVector);
-      } else {
-        x = x + weight * io.load_input(row, columns);
-      }
-    }
-    if (!pair) return;
-    for (const Tap *tap = taps + begin[1], *last = taps + begin[2]; tap < last; ++tap) {
-      if (kLines && tap->line != line) continue;
-      y = y + tap->weight * io.load_input(from + tap->at, columns);
-    }
-  }
-
-  template <class Io>
-  void run_any(const BlurWindow<T>& window, int64_t plane, Io& io) const {
-    const T* const from = source(plane) + window.from;
-    for (int64_t row = group_->first; row < group_->last; ++row) {
-      Vec<T> sum{}, x, y;
-      for (int64_t line = 0; line < static_cast<int64_t>(window.picks.size()); ++line) {
-        for (const BlurPick<T>& pick : window.picks[line]) {
-          const int64_t* begin = &rows_.begin[row];
-          add_rows<Kind::kOne, true>(rows_.taps.data(), begin, false, line, from + pick.column[0], 1, io, x, y);
-          sum = sum + pick.weight[0] * x;
+  template <BlurMode kMode>
+  void run_any(const BlurWindow<T>& window) const {
+    const FirstLanes<T> one(1);
+    for_each_plane<kMode>([&](int64_t plane, auto& io) {
+      for (const Run& run : *runs_) {
+        for (int64_t row = 0; row < run.series.count; ++row) {
+          const T* const from = source(plane) + window.from + row * run.step;
+          Vec<T> sum{};
+          for (size_t line = 0; line < window.picks.size(); ++line) {
+            for (const BlurPick<T>& pick : window.picks[line]) {
+              for (const auto& tap : run.taps) {
+                if (tap.line != static_cast<int64_t>(line)) continue;
+                sum = sum + pick.weight[0] * tap.weight * io.load_input(from + pick.column[0] + tap.at, one);
+              }
+            }
+          }
+          const int64_t output = run.series.first - group_->first + row * call_.row_period;
+          io.emit(output * call_.out_width + window.first, sum, one);
         }
       }
-      io.emit((row - group_->first) * call_.out_width + window.first, sum, 1);
-    }
+    });
   }
 
   const BlurCall& call_;
-  const BlurRowTaps<T>& rows_;
+  const std::vector<std::vector<Run>>& all_runs_;  // of each strip
   const std::vector<BlurWindow<T>>& windows_;
   const bool streamed_;
   const int64_t planes_;
@@ -459,6 +559,7 @@ class BlurPlanes {
   const BlurChannels<T> scale_, shift_;
   int64_t bytes_, most_outputs_ = 0, strip_, begin_, end_;
   const BlurRows::Group* group_;
+  const std::vector<Run>* runs_;
   T* slots_;
   S* buffer_;
 };
@@ -466,13 +567,14 @@ class BlurPlanes {
 template <class S>
 void blur_planes(const BlurCall& call) {
   using T = Compute<S>;
-  const BlurRowTaps<T> rows(call.rows.matrix, call.in_width);
+  std::vector<std::vector<BlurRun<T>>> runs;
+  for (const BlurRows::Group& group : call.rows.groups) runs.push_back(runs_of<T>(call, group));
   const std::vector<BlurWindow<T>> windows = windows_of<T>(call);
   const int64_t planes = call.batch * call.channels, at_a_time = BlurPlanes<S>::planes_at_a_time(call);
   const int64_t strips = call.rows.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
   const int64_t work = at_a_time * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
   parallel_for(chunks * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
-    BlurPlanes<S> worker(call, rows, windows);
+    BlurPlanes<S> worker(call, runs, windows);
     const Scratch scratch(worker.bytes());
     worker.bind(scratch.data());
     for (int64_t task = begin; task < end; ++task) {
