@@ -126,8 +126,8 @@ def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec)
     return _call(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
 
 
-def _backward(grad, x, kernel, scale, shift, spec) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, scale and shift through the prologue."""
+def _backward(grad, x, kernel, scale, shift, spec, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, scale and shift through the prologue; of the last two, those that are ``wanted``."""
     x = _dense(x)
     grad_x, grad_scale, grad_shift = _call(
         torch.ops.vitfast.blur_pool2d_backward.default,
@@ -140,10 +140,11 @@ def _backward(grad, x, kernel, scale, shift, spec) -> tuple[Tensor, Tensor | Non
         ACTIVATIONS.index(spec.activation),
         spec.temperature,
     )
+    of_scale, of_shift = wanted
     return (
         grad_x,
-        None if scale is None else grad_scale.to(scale.dtype),
-        None if shift is None else grad_shift.to(shift.dtype),
+        grad_scale.to(scale.dtype) if of_scale else None,
+        grad_shift.to(shift.dtype) if of_shift else None,
     )
 
 
@@ -175,9 +176,10 @@ def _taps(kernel: Tensor) -> Tensor:
 
 def _per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
     """Scale or shift in the dtype that x is computed in."""
-    return (
-        None if values is None else values.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
-    )
+    if values is None:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (values if values.dtype == dtype else values.to(dtype)).contiguous()  # `to` asks autograd even so
 
 
 # ---- differentiation -----------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ class RecordedBlur(torch.autograd.Function):
             if x is None:
                 grad = grad.contiguous(memory_format=ctx.memory_format)
                 return None, None, _transposed(grad, kernel, ctx.size, spec), None, None
-            return None, None, *_backward(grad, x, kernel, scale, shift, spec)
+            return None, None, *_backward(grad, x, kernel, scale, shift, spec, ctx.needs_input_grad[3:])
         if x is None:
             return None, None, _apply_transposed(spec, ctx.size, kernel, grad), None, None
         wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
