@@ -166,6 +166,13 @@ inline bool is_streamed(const BlurCall& call) {
   return std::is_same_v<S, Compute<S>> && values * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
 }
 
+// Whether the larger of the two maps is likely to come from memory, not from a cache.
+template <class S>
+inline bool comes_from_memory(const BlurCall& call) {
+  const int64_t in = call.in_height * call.in_width, out = call.out_height * call.out_width;
+  return call.batch * call.channels * std::max(in, out) * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes / 2;
+}
+
 template <class T>
 inline bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Vec<T>) == 0;

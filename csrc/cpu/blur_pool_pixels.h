@@ -75,6 +75,8 @@ class BlurPixels {
         slides_(slides),
         channels_(call.channels),
         streamed_(is_streamed<S>(call) && channels_ % kVector == 0 && is_aligned(static_cast<const T*>(call.out))),
+        from_memory_(comes_from_memory<S>(call)),
+        ahead_((call.in_height + call.out_height - 1) / call.out_height * call.in_width * channels_),
         activate_(call.prologue),
         scale_(call.prologue.scale, T{1}),
         shift_(call.prologue.shift, T{0}) {
@@ -143,8 +145,10 @@ class BlurPixels {
     VITFAST_INLINE Channels(const BlurPixels& blur, int64_t row, int64_t c, int64_t lanes)
         : activate_(blur.activate_),
           channels_(blur.channels_),
+          row_(blur.call_.out_width * channels_),
           lanes_(lanes),
           streamed_(blur.streamed_),
+          from_memory_(blur.from_memory_),
           to_(static_cast<S*>(blur.call_.out) + blur.output_offset(row) + c),
           primal_(is_gradient(kMode) ? static_cast<const S*>(blur.call_.primal) + blur.output_offset(row) + c
                                      : nullptr) {
@@ -169,7 +173,9 @@ class BlurPixels {
       for (int v = 0; v < kCount; ++v) {
         S* const to = to_ + pixel + v * kVector;
         if constexpr (is_gradient(kMode)) {
-          const Vec<T> x = load_as_compute_up_to(primal_ + pixel + v * kVector, lanes());
+          const S* const primal = primal_ + pixel + v * kVector;
+          if (from_memory_) __builtin_prefetch(primal + row_, 0, 2);
+          const Vec<T> x = load_as_compute_up_to(primal, lanes());
           const Vec<T> z = x * scale_[v] + shift_[v];
           const Vec<T> dz = activate_.template backward<kMode == BlurMode::kTanhGradient>(z, sum[v]);
           put(to, dz * scale_[v]);
@@ -180,6 +186,8 @@ class BlurPixels {
         }
       }
     }
+
+    VITFAST_INLINE bool from_memory() const { return from_memory_; }
 
     // Adds what the outputs gave to the gradients of scale and shift.
     VITFAST_INLINE void finish(T* scale_sums, T* shift_sums) const {
@@ -204,8 +212,8 @@ class BlurPixels {
     }
 
     const BlurActivate<T> activate_;
-    const int64_t channels_, lanes_;
-    const bool streamed_;
+    const int64_t channels_, row_, lanes_;
+    const bool streamed_, from_memory_;
     S* const to_;
     const S* const primal_;
     Vec<T> scale_[kCount], shift_[kCount], scale_sum_[kCount], shift_sum_[kCount];
@@ -312,13 +320,17 @@ class BlurPixels {
 
   // The weighted sum of pixels that lie below each other, of which that of row 0 lies at `from`.
   template <int kCount, class Tap, class Channels>
-  VITFAST_INLINE static void add_pixels(const T* from, const Tap* tap, const Tap* last, const Channels& channels,
-                                        Vec<T>* column) {
+  VITFAST_INLINE void add_pixels(const T* from, const Tap* tap, const Tap* last, const Channels& channels,
+                                 Vec<T>* column) const {
 #pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v) column[v] = Vec<T>{};
     for (; tap < last; ++tap) {
       const T* const pixel = from + tap->at;
       const Vec<T> weight = broadcast(tap->weight);
+      if (channels.from_memory() && tap + 2 >= last) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kCount; ++v) __builtin_prefetch(pixel + ahead_ + v * kVector, 0, 2);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) column[v] = column[v] + weight * channels.load_input(pixel, v);
     }
@@ -334,7 +346,8 @@ class BlurPixels {
   const BlurRowTaps<T>& rows_;
   const std::vector<BlurSlide<T>>& slides_;
   const int64_t channels_;
-  const bool streamed_;
+  const bool streamed_, from_memory_;
+  const int64_t ahead_;  // from a row of the input to one that is needed soon
   const BlurActivate<T> activate_;
   const BlurChannels<T> scale_, shift_;
   int64_t bytes_, image_;
