@@ -246,6 +246,7 @@ class BlurPlanes {
         all_runs_(runs),
         windows_(windows),
         streamed_(is_streamed<S>(call)),
+        from_memory_(comes_from_memory<S>(call)),
         planes_(planes_at_a_time(call)),
         activate_(call.prologue),
         scale_(call.prologue.scale, T{1}),
@@ -335,6 +336,7 @@ class BlurPlanes {
           scale_(blur.scale_.of(plane % blur.call_.channels)),
           shift_(blur.shift_.of(plane % blur.call_.channels)) {
       const int64_t offset = blur.output_offset(plane);
+      if (blur.from_memory_) ahead_ = blur.call_.out_height * blur.call_.out_width;
       to_ = blur.streamed_ ? blur.buffer_ + (offset - blur.output_offset(blur.begin_))
                            : static_cast<S*>(blur.call_.out) + offset;
       if constexpr (is_gradient(kMode)) primal_ = static_cast<const S*>(blur.call_.primal) + offset;
@@ -349,6 +351,7 @@ class BlurPlanes {
     // Outputs from place `at` in the strip on.
     VITFAST_INLINE void emit(int64_t at, Vec<T> sum, FirstLanes<T> lanes) {
       if constexpr (is_gradient(kMode)) {
+        if (ahead_ > 0) __builtin_prefetch(primal_ + at + ahead_, 0, 2);
         const Vec<T> x = lanes.load(primal_ + at);
         sum = activate_.template backward<kMode == BlurMode::kTanhGradient>(x * scale_ + shift_, sum);
         // Lanes beyond the last took nothing, so that their gradient is 0.
@@ -371,6 +374,7 @@ class BlurPlanes {
     const Vec<T> scale_, shift_;
     S* to_;
     const S* primal_ = nullptr;
+    int64_t ahead_ = 0;
     Vec<T> scale_sum_{}, shift_sum_{};
   };
 
@@ -553,7 +557,7 @@ class BlurPlanes {
   const BlurCall& call_;
   const std::vector<std::vector<Run>>& all_runs_;  // of each strip
   const std::vector<BlurWindow<T>>& windows_;
-  const bool streamed_;
+  const bool streamed_, from_memory_;
   const int64_t planes_;
   const BlurActivate<T> activate_;
   const BlurChannels<T> scale_, shift_;
