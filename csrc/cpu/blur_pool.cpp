@@ -207,6 +207,15 @@ Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before,
   return {size, outputs, stride, before, after, static_cast<BlurPadding>(mode)};
 }
 
+// The rows of outputs of a strip of a plane, which is read and written some columns at a time: so many that all of it
+// stays in the first level; and of maps that no second level holds few, so that memory is met in order.
+int64_t rows_of_strip(const BlurCall& call, int64_t element_size) {
+  const int64_t in = call.in_height * call.in_width, out = call.out_height * call.out_width;
+  const bool far = call.batch * call.channels * (in + out) * element_size >= cpu::kFarBytes;
+  const int64_t values = far ? cpu::kFarStripBytes / element_size : cpu::kStripValues;
+  return std::max<int64_t>(values / std::max(call.in_width, call.out_width), far ? 8 : 16);
+}
+
 // The blur of a (batch, channels, height, width) map, or its transpose; without its tensors.
 BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel, const Options& options,
                  const cpu::BlurPrologue& prologue, bool channels_last, bool transpose) {
@@ -241,14 +250,10 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   const int64_t strips =
       std::clamp<int64_t>(kTasks / std::max<int64_t>(maps, 1), 1, std::max<int64_t>(call.out_height / least_rows, 1));
   int64_t strip = (call.out_height + strips - 1) / strips, group = 1;
-  if (!channels_last) {
-    const int64_t width_of_both = std::max(call.in_width, call.out_width);
-    group = strip = std::min(strip, std::max(cpu::kStripValues / width_of_both, least_rows));
-  }
+  if (!channels_last) group = strip = std::min(strip, rows_of_strip(call, like.element_size()));
   call.rows = rows_of(std::move(matrix), strip, group);
-  // A row takes part in several outputs: not worth a buffer for what is cheap.
-  const bool wide = call.storage == cpu::Storage::kFloat32 || call.storage == cpu::Storage::kFloat64;
-  call.prepared = !wide || (!transpose && prologue.activation == BlurActivation::kTanhRelu);
+  // A row takes part in several outputs: worth a buffer for what is dear.
+  call.prepared = !transpose && prologue.activation == BlurActivation::kTanhRelu;
   if (call.prepared) prepare_rows(call.rows, call.in_height);
   return call;
 }

@@ -28,8 +28,8 @@ struct BlurMatrix {
   const BlurTap* first_tap(int64_t output) const { return taps.data() + begin[output]; }
 };
 // The matrix for rows, and the order in which its outputs are computed: in strips, which may be computed at the same
-// time, of groups. Where rows of the input are prepared (widened, or their prologue is dear), each has a slot, where
-// later groups of the strip may find it, and the taps of the matrix count slots.
+// time, of groups. Where rows of the input are prepared, since their prologue is dear, each has a slot, where later
+// groups of the strip may find it, and the taps of the matrix count slots.
 struct BlurRows {
   struct Load {
     int64_t from, slot;
@@ -49,6 +49,8 @@ struct BlurRows {
 
 // As many values as the rows of a strip of a plane have, about: they are read again and again, from the first level.
 constexpr int64_t kStripValues = 4096;
+// Maps of so many bytes in all come from further away than the second levels; and the bytes of rows of theirs.
+constexpr int64_t kFarBytes = 10 << 20, kFarStripBytes = 2048;
 
 // u = activation(scale * x + shift).
 struct BlurPrologue {
@@ -63,7 +65,7 @@ struct BlurPrologue {
 struct BlurCall {
   Storage storage;
   bool channels_last;
-  bool prepared;  // whether rows of the input go through slots
+  bool prepared;  // whether rows of the input go through slots, where their prologue is applied
   int64_t batch, channels, in_height, in_width, out_height, out_width;
   BlurRows rows;
   std::vector<BlurMatrix> columns;    // one for each line of the kernel, or a single one

@@ -117,6 +117,7 @@ class BlurActivate {
 // What becomes of the input before it is added up, and of an output.
 enum class BlurMode {
   kPlain,         // both are taken as they are
+  kPrepared,      // likewise, from slots
   kClamp,         // the prologue is applied to the input: any but kTanhRelu
   kGradient,      // an output is the gradient of u, from which that of x and of the sums come: for the same prologues
   kTanhGradient,  // likewise, for kTanhRelu
@@ -124,8 +125,10 @@ enum class BlurMode {
 
 constexpr bool is_gradient(BlurMode mode) { return mode == BlurMode::kGradient || mode == BlurMode::kTanhGradient; }
 
+constexpr bool has_scale(BlurMode mode) { return mode != BlurMode::kPlain && mode != BlurMode::kPrepared; }
+
 // Calls f with the mode of a call as a constant.
-template <class S, class F>
+template <class F>
 inline void with_mode(const BlurCall& call, F f) {
   if (call.primal != nullptr) {
     if (call.prologue.activation == BlurActivation::kTanhRelu) {
@@ -133,9 +136,8 @@ inline void with_mode(const BlurCall& call, F f) {
     }
     return f(std::integral_constant<BlurMode, BlurMode::kGradient>{});
   }
-  if constexpr (std::is_same_v<S, Compute<S>>) {
-    if (!call.prepared && call.prologue.any()) return f(std::integral_constant<BlurMode, BlurMode::kClamp>{});
-  }
+  if (call.prepared) return f(std::integral_constant<BlurMode, BlurMode::kPrepared>{});
+  if (call.prologue.any()) return f(std::integral_constant<BlurMode, BlurMode::kClamp>{});
   f(std::integral_constant<BlurMode, BlurMode::kPlain>{});
 }
 

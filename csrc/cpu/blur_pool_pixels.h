@@ -109,6 +109,7 @@ class BlurPixels {
 
   void place(Arena& arena) {
     slots_ = arena.take<T>(call_.rows.slots * row_size());
+    line_ = arena.take<T>(call_.in_width * kVectors * kVector);
     sums_ = arena.take<T>(call_.primal == nullptr ? 0 : 2 * padded_channels());
   }
 
@@ -124,7 +125,7 @@ class BlurPixels {
     for (; c < channels_; c += kVector) f(c, std::integral_constant<int, 1>{}, std::min(kVector, channels_ - c));
   }
 
-  // A row of the input in its slot, with the prologue applied if it has one; a gradient has none.
+  // A row of the input in its slot, with the prologue applied.
   void prepare(const BlurRows::Load& wanted) {
     const S* from = image() + wanted.from * row_size();
     T* to = slots_ + wanted.slot * row_size();
@@ -133,7 +134,7 @@ class BlurPixels {
       const Vec<T> scale = scale_.from(c, lanes), shift = shift_.from(c, lanes);
       for (int64_t at = c; at < row_size(); at += channels_) {
         const Vec<T> x = load_as_compute_up_to(from + at, lanes);
-        store_up_to(to + at, call_.primal == nullptr ? activate_(x * scale + shift) : x, lanes);
+        store_up_to(to + at, activate_(x * scale + shift), lanes);
       }
     }
   }
@@ -152,7 +153,7 @@ class BlurPixels {
           to_(static_cast<S*>(blur.call_.out) + blur.output_offset(row) + c),
           primal_(is_gradient(kMode) ? static_cast<const S*>(blur.call_.primal) + blur.output_offset(row) + c
                                      : nullptr) {
-      if constexpr (kMode == BlurMode::kPlain) return;
+      if constexpr (!has_scale(kMode)) return;
 #pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) {
         scale_[v] = blur.scale_.from(c + v * kVector, lanes);
@@ -161,8 +162,10 @@ class BlurPixels {
       }
     }
 
-    VITFAST_INLINE Vec<T> load_input(const T* pixel, int v) const {
-      const Vec<T> x = kCount == 1 ? load_up_to(pixel, lanes_) : load(pixel + v * kVector);
+    // From the input itself, or from a slot.
+    template <class From>
+    VITFAST_INLINE Vec<T> load_input(const From* pixel, int v) const {
+      const Vec<T> x = load_as_compute_up_to(pixel + v * kVector, lanes());
       if constexpr (kMode == BlurMode::kClamp) return activate_.clamp(x * scale_[v] + shift_[v]);
       return x;
     }
@@ -222,7 +225,7 @@ class BlurPixels {
   int64_t output_offset(int64_t row) const { return (image_ * call_.out_height + row) * call_.out_width * channels_; }
 
   void run_row(int64_t row) {
-    with_mode<S>(call_, [&](auto mode) {
+    with_mode(call_, [&](auto mode) {
       for_each_channels([&](int64_t c, auto vectors, int64_t lanes) { slide_all<mode(), vectors()>(row, c, lanes); });
     });
   }
@@ -267,7 +270,7 @@ class BlurPixels {
     const auto *first = rows_.first(row), *last = rows_.last(row);
     const BlurSeries& series = slide.series;
     const int64_t size = channels_, period = call_.column_period, end = series.first + series.count * period;
-    const T* from = source() + slide.taps[0].from * size + c;
+    const auto* from = source<kMode>() + slide.taps[0].from * size + c;
     Vec<T> weight[kTaps], column[kTaps][kCount];
 #pragma GCC unroll 4
     for (int t = 0; t < kTaps; ++t) weight[t] = broadcast(slide.taps[t].weight);
@@ -290,42 +293,61 @@ class BlurPixels {
     channels.finish(sums_ + c, sums_ + padded_channels() + c);
   }
 
-  // For any taps.
+  // For any taps. Columns that several outputs share are computed once, into `line_`.
   template <BlurMode kMode, int kCount>
   void slide_any(const BlurSlide<T>& slide, int64_t row, int64_t c, int64_t lanes) const {
+    constexpr int64_t kSize = kCount * kVector;  // of a column
     Channels<kMode, kCount> channels(*this, row, c, lanes);
     const auto *first = rows_.first(row), *last = rows_.last(row);
-    const bool one_line = call_.columns.size() == 1;
-    for (int64_t i = 0; i < slide.series.count; ++i) {
-      Vec<T> sum[kCount]{}, column[kCount];
+    const BlurSeries& series = slide.series;
+    const bool shared = slide.neighbours && series.count > 1 && !slide.taps.empty();
+    Vec<T> column[kCount];
+    if (shared) {
+      const int64_t columns = (series.count - 1) * series.step + static_cast<int64_t>(slide.taps.size());
+      for (int64_t x = 0; x < columns; ++x) {
+        const auto* from = source<kMode>() + (slide.taps[0].from + x) * channels_ + c;
+        add_pixels<kCount>(from, first, last, channels, column);
+        for (int v = 0; v < kCount; ++v) store(line_ + x * kSize + v * kVector, column[v]);
+      }
+    }
+    for (int64_t i = 0; i < series.count; ++i) {
+      Vec<T> sum[kCount]{};
       for (const auto& tap : slide.taps) {
-        const T* from = source() + (tap.from + i * slide.series.step) * channels_ + c;
+        if (shared) {
+          const T* held = line_ + (tap.from - slide.taps[0].from + i * series.step) * kSize;
+          for (int v = 0; v < kCount; ++v) sum[v] = sum[v] + tap.weight * load(held + v * kVector);
+          continue;
+        }
+        const auto* from = source<kMode>() + (tap.from + i * series.step) * channels_ + c;
+        const bool one_line = call_.columns.size() == 1;
         for (const auto* of = first; of < last; of = one_line ? last : of + 1) {
           if (!one_line && of->line != tap.line) continue;
           add_pixels<kCount>(from, of, one_line ? last : of + 1, channels, column);
           for (int v = 0; v < kCount; ++v) sum[v] = sum[v] + tap.weight * column[v];
         }
       }
-      channels.emit(slide.series.first + i * call_.column_period, sum);
+      channels.emit(series.first + i * call_.column_period, sum);
     }
     channels.finish(sums_ + c, sums_ + padded_channels() + c);
   }
 
-  const T* source() const {
-    if constexpr (std::is_same_v<S, T>) {
-      if (!call_.prepared) return image();
+  template <BlurMode kMode>
+  auto source() const {
+    if constexpr (kMode == BlurMode::kPrepared) {
+      return static_cast<const T*>(slots_);
+    } else {
+      return image();
     }
-    return slots_;
   }
 
   // The weighted sum of pixels that lie below each other, of which that of row 0 lies at `from`.
-  template <int kCount, class Tap, class Channels>
-  VITFAST_INLINE void add_pixels(const T* from, const Tap* tap, const Tap* last, const Channels& channels,
+  template <int kCount, class From, class Tap, class Channels>
+  VITFAST_INLINE void add_pixels(const From* from, const Tap* tap, const Tap* last, const Channels& channels,
                                  Vec<T>* column) const {
 #pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v) column[v] = Vec<T>{};
     for (; tap < last; ++tap) {
-      const T* const pixel = from + tap->at;
+      const From* const pixel = from + tap->at;
       const Vec<T> weight = broadcast(tap->weight);
       if (channels.from_memory() && tap + 2 >= last) {
 #pragma GCC unroll 4
@@ -351,7 +373,7 @@ class BlurPixels {
   const BlurActivate<T> activate_;
   const BlurChannels<T> scale_, shift_;
   int64_t bytes_, image_;
-  T *slots_, *sums_;
+  T *slots_, *line_, *sums_;
 };
 
 template <class S>

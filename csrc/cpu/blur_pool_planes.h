@@ -64,6 +64,7 @@ class FirstLanes {
 #if VITFAST_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<S, float>) return (Vec<T>)_mm512_maskz_loadu_ps(mask_, p);
     if constexpr (std::is_same_v<S, double>) return (Vec<T>)_mm512_maskz_loadu_pd(mask_, p);
+    if constexpr (sizeof(S) == 2) return widen<S>((HalfBits)_mm256_maskz_loadu_epi16(mask_, p));
 #endif
     return load_as_compute_up_to(p, count_);
   }
@@ -73,6 +74,7 @@ class FirstLanes {
 #if VITFAST_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p, mask_, (__m512)x);
     if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(p, mask_, (__m512d)x);
+    if constexpr (sizeof(S) == 2) return _mm256_mask_storeu_epi16(p, mask_, (__m256i)narrow<S>(x));
 #endif
     store_as_storage_up_to(p, x, count_);
   }
@@ -284,7 +286,7 @@ class BlurPlanes {
       if (call_.primal != nullptr) call_.scale_partial[partial(plane)] = call_.shift_partial[partial(plane)] = 0;
     }
     for (const BlurWindow<T>& window : windows_) {
-      with_mode<S>(call_, [&](auto mode) { run_window<mode()>(window); });
+      with_mode(call_, [&](auto mode) { run_window<mode()>(window); });
     }
     if constexpr (std::is_same_v<S, T>) {
       if (!streamed_) return;
@@ -303,11 +305,13 @@ class BlurPlanes {
     return static_cast<const S*>(call_.in) + plane * call_.in_height * call_.in_width;
   }
   T* slots(int64_t plane) const { return slots_ + (plane - begin_) * call_.rows.slots * call_.in_width; }
-  const T* source(int64_t plane) const {
-    if constexpr (std::is_same_v<S, T>) {
-      if (!call_.prepared) return input(plane);
+  template <BlurMode kMode>
+  auto source(int64_t plane) const {
+    if constexpr (kMode == BlurMode::kPrepared) {
+      return static_cast<const T*>(slots(plane));
+    } else {
+      return input(plane);
     }
-    return slots(plane);
   }
 
   // Where the strip of a plane begins in the output, and where what it adds to the gradients of scale and shift lies.
@@ -316,14 +320,14 @@ class BlurPlanes {
     return (plane / call_.channels * call_.rows.strip_count() + strip_) * call_.channels + plane % call_.channels;
   }
 
-  // A row of the input in its slot, with the prologue applied if it has one; a gradient has none.
+  // A row of the input in its slot, with the prologue applied.
   void prepare(int64_t plane, const BlurRows::Load& wanted) {
     const S* from = input(plane) + wanted.from * call_.in_width;
     T* to = slots(plane) + wanted.slot * call_.in_width;
     const Vec<T> scale = scale_.of(plane % call_.channels), shift = shift_.of(plane % call_.channels);
     for (int64_t j = 0; j < call_.in_width; j += kVector) {
       const Vec<T> x = load_as_compute_up_to(from + j, call_.in_width - j);
-      store_up_to(to + j, call_.primal == nullptr ? activate_(x * scale + shift) : x, call_.in_width - j);
+      store_up_to(to + j, activate_(x * scale + shift), call_.in_width - j);
     }
   }
 
@@ -331,10 +335,11 @@ class BlurPlanes {
   template <BlurMode kMode>
   class Plane {
    public:
-    VITFAST_INLINE Plane(const BlurPlanes& blur, int64_t plane)
-        : activate_(blur.activate_),
-          scale_(blur.scale_.of(plane % blur.call_.channels)),
-          shift_(blur.shift_.of(plane % blur.call_.channels)) {
+    VITFAST_INLINE Plane(const BlurPlanes& blur, int64_t plane) : activate_(blur.activate_) {
+      if constexpr (has_scale(kMode)) {
+        const int64_t channel = plane % blur.call_.channels;
+        scale_ = blur.scale_.of(channel), shift_ = blur.shift_.of(channel);
+      }
       const int64_t offset = blur.output_offset(plane);
       if (blur.from_memory_) ahead_ = blur.call_.out_height * blur.call_.out_width;
       to_ = blur.streamed_ ? blur.buffer_ + (offset - blur.output_offset(blur.begin_))
@@ -342,7 +347,9 @@ class BlurPlanes {
       if constexpr (is_gradient(kMode)) primal_ = static_cast<const S*>(blur.call_.primal) + offset;
     }
 
-    VITFAST_INLINE Vec<T> load_input(const T* p, FirstLanes<T> lanes) const {
+    // From the input itself, or from a slot.
+    template <class From>
+    VITFAST_INLINE Vec<T> load_input(const From* p, FirstLanes<T> lanes) const {
       const Vec<T> x = lanes.load(p);
       if constexpr (kMode == BlurMode::kClamp) return activate_.clamp(x * scale_ + shift_);
       return x;
@@ -371,7 +378,7 @@ class BlurPlanes {
 
    private:
     const BlurActivate<T> activate_;
-    const Vec<T> scale_, shift_;
+    Vec<T> scale_, shift_;
     S* to_;
     const S* primal_ = nullptr;
     int64_t ahead_ = 0;
@@ -417,6 +424,10 @@ class BlurPlanes {
             if (row_taps > 4) break;
             run_rows<kMode, kKind, kGroups, 4, 4>(window, run);
             continue;
+          case 5:
+            if (row_taps > 5) break;
+            run_rows<kMode, kKind, kGroups, 5, 5>(window, run);
+            continue;
         }
       }
       run_rows<kMode, kKind, kGroups, 0, 0>(window, run);
@@ -448,7 +459,7 @@ class BlurPlanes {
     if constexpr (!kAny) {
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int t = 0; t < kColumnTaps; ++t) {
           columns[g][t] = window.picks[0][t].columns(g);
           weights[g][t] = window.picks[0][t].weights(g);
@@ -457,7 +468,7 @@ class BlurPlanes {
       }
       // Where a row has fewer taps, the last one is halved.
       T halves = 1;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int t = 0; t < kRowTaps; ++t) {
         const int64_t after = static_cast<int64_t>(run.taps.size()) - 1 - t;
         const auto& tap = after >= 0 ? run.taps[t] : run.taps.back();
@@ -474,10 +485,10 @@ class BlurPlanes {
     const FirstLanes<T> last_outputs(kKind == Kind::kPair ? 2 * window.outputs : window.outputs - kVector);
     const int64_t row_step = call_.row_period * call_.out_width, end = run.series.count;
     for_each_plane<kMode>([&](int64_t plane, auto& io) VITFAST_INLINE {
-      const T* from = source(plane) + window.from;
+      const auto* from = source<kMode>(plane) + window.from;
       int64_t at = (run.series.first - group_->first) * call_.out_width + window.first;
       // Adds up the rows that output `row` of the run needs.
-      const auto add_rows = [&](const T* row, int64_t line, FirstLanes<T> lanes) VITFAST_INLINE {
+      const auto add_rows = [&](const auto* row, int64_t line, FirstLanes<T> lanes) VITFAST_INLINE {
         Vec<T> sum{};
         if constexpr (kAny) {
           for (const auto& tap : run.taps) {
@@ -485,7 +496,7 @@ class BlurPlanes {
           }
         } else {
           sum = row_weight[0] * io.load_input(row + row_at[0], lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
           for (int t = 1; t < kRowTaps; ++t) sum = sum + row_weight[t] * io.load_input(row + row_at[t], lanes);
         }
         return sum;
@@ -514,7 +525,7 @@ class BlurPlanes {
           add_window(0);
 #pragma GCC unroll 2
           for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int t = 0; t < kColumnTaps; ++t) {
               sum[g] = add_where<T>(mask[g][t], sum[g], weights[g][t], shuffled(x, y, columns[g][t]));
             }
@@ -537,7 +548,7 @@ class BlurPlanes {
     for_each_plane<kMode>([&](int64_t plane, auto& io) {
       for (const Run& run : *runs_) {
         for (int64_t row = 0; row < run.series.count; ++row) {
-          const T* const from = source(plane) + window.from + row * run.step;
+          const auto* const from = source<kMode>(plane) + window.from + row * run.step;
           Vec<T> sum{};
           for (size_t line = 0; line < window.picks.size(); ++line) {
             for (const BlurPick<T>& pick : window.picks[line]) {

@@ -362,25 +362,77 @@ typedef uint16_t HalfBits __attribute__((vector_size(VITFAST_VECTOR_BYTES / 2)))
 typedef uint32_t WideBits __attribute__((vector_size(VITFAST_VECTOR_BYTES)));
 
 template <class S>
+inline Vec<float> widen(HalfBits bits) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return (Vec<float>)(__builtin_convertvector(bits, WideBits) << 16);
+  } else {
+#if VITFAST_VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
+#elif VITFAST_VECTOR_BYTES == 32
+    return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
+#else
+    Half halves[kLanes<float>];
+    std::memcpy(static_cast<void*>(halves), &bits, sizeof(bits));
+    Vec<float> x{};
+    for (int l = 0; l < kLanes<float>; ++l) x[l] = static_cast<float>(halves[l]);
+    return x;
+#endif
+  }
+}
+
+template <class S>
+inline HalfBits narrow(Vec<float> x) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const WideBits wide = (WideBits)x;
+    const WideBits rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const WideBits with_nan = x != x ? WideBits{} + 0x7fc0 : rounded;
+    return __builtin_convertvector(with_nan, HalfBits);
+  } else {
+#if VITFAST_VECTOR_BYTES == 64
+    return (HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif VITFAST_VECTOR_BYTES == 32
+    return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Half halves[kLanes<float>];
+    for (int l = 0; l < kLanes<float>; ++l) halves[l] = Half(x[l]);
+    HalfBits bits;
+    std::memcpy(&bits, static_cast<const void*>(halves), sizeof(bits));
+    return bits;
+#endif
+  }
+}
+
+// The first n of them, 0 <= n < lanes; the rest is zero.
+inline HalfBits load_halves(const void* p, int64_t n) {
+#if VITFAST_VECTOR_BYTES == 64
+  return (HalfBits)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  uint16_t halves[kLanes<float>] = {};
+  for (int64_t l = 0; l < n; ++l) std::memcpy(halves + l, static_cast<const std::byte*>(p) + 2 * l, 2);
+  HalfBits bits;
+  std::memcpy(&bits, halves, sizeof(bits));
+  return bits;
+#endif
+}
+
+inline void store_halves(void* p, HalfBits bits, int64_t n) {
+#if VITFAST_VECTOR_BYTES == 64
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)bits);
+#else
+  uint16_t halves[kLanes<float>];
+  std::memcpy(halves, &bits, sizeof(bits));
+  for (int64_t l = 0; l < n; ++l) std::memcpy(static_cast<std::byte*>(p) + 2 * l, halves + l, 2);
+#endif
+}
+
+template <class S>
 inline Vec<Compute<S>> load_as_compute(const S* p) {
   if constexpr (std::is_same_v<S, Compute<S>>) {
     return load(p);
   } else {
     HalfBits bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      return (Vec<float>)(__builtin_convertvector(bits, WideBits) << 16);
-    } else {
-#if VITFAST_VECTOR_BYTES == 64
-      return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
-#elif VITFAST_VECTOR_BYTES == 32
-      return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
-#else
-      Vec<float> x{};
-      for (int l = 0; l < kLanes<float>; ++l) x[l] = static_cast<float>(p[l]);
-      return x;
-#endif
-    }
+    std::memcpy(&bits, static_cast<const void*>(p), sizeof(bits));
+    return widen<S>(bits);
   }
 }
 
@@ -389,23 +441,8 @@ inline void store_as_storage(S* p, Vec<Compute<S>> x) {
   if constexpr (std::is_same_v<S, Compute<S>>) {
     store(p, x);
   } else {
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      const WideBits wide = (WideBits)x;
-      const WideBits rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
-      const WideBits with_nan = x != x ? WideBits{} + 0x7fc0 : rounded;
-      const HalfBits bits = __builtin_convertvector(with_nan, HalfBits);
-      std::memcpy(p, &bits, sizeof(bits));
-    } else {
-#if VITFAST_VECTOR_BYTES == 64
-      const __m256i bits = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      std::memcpy(p, &bits, sizeof(bits));
-#elif VITFAST_VECTOR_BYTES == 32
-      const __m128i bits = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      std::memcpy(p, &bits, sizeof(bits));
-#else
-      for (int l = 0; l < kLanes<float>; ++l) p[l] = Half(x[l]);
-#endif
-    }
+    const HalfBits bits = narrow<S>(x);
+    std::memcpy(static_cast<void*>(p), &bits, sizeof(bits));
   }
 }
 
@@ -417,9 +454,7 @@ inline Vec<Compute<S>> load_as_compute_up_to(const S* p, int64_t n) {
   if constexpr (std::is_same_v<S, C>) {
     return load_partial(p, n);
   } else {
-    alignas(64) S padded[kLanes<C>] = {};
-    std::memcpy(static_cast<void*>(padded), static_cast<const void*>(p), n * sizeof(S));
-    return load_as_compute(padded);
+    return widen<S>(load_halves(p, n));
   }
 }
 
@@ -431,9 +466,7 @@ inline void store_as_storage_up_to(S* p, Vec<Compute<S>> x, int64_t n) {
   } else if constexpr (std::is_same_v<S, C>) {
     store_partial(p, x, n);
   } else {
-    alignas(64) S padded[kLanes<C>];
-    store_as_storage(padded, x);
-    std::memcpy(static_cast<void*>(p), static_cast<const void*>(padded), n * sizeof(S));
+    store_halves(p, narrow<S>(x), n);
   }
 }
 
