@@ -127,6 +127,9 @@ constexpr bool is_gradient(BlurMode mode) { return mode == BlurMode::kGradient |
 
 constexpr bool has_scale(BlurMode mode) { return mode != BlurMode::kPlain && mode != BlurMode::kPrepared; }
 
+// Whether there are versions for the numbers of taps that are frequent: not for what is slow anyway.
+constexpr bool has_versions(BlurMode mode) { return mode != BlurMode::kPrepared && mode != BlurMode::kTanhGradient; }
+
 // Calls f with the mode of a call as a constant.
 template <class F>
 inline void with_mode(const BlurCall& call, F f) {

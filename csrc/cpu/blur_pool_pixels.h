@@ -230,11 +230,10 @@ class BlurPixels {
     });
   }
 
-  // For the numbers of taps that are frequent there are versions; but not for what is slow anyway.
   template <BlurMode kMode, int kCount>
   void slide_all(int64_t row, int64_t c, int64_t lanes) const {
     for (const BlurSlide<T>& slide : slides_) {
-      if constexpr (kMode != BlurMode::kTanhGradient) {
+      if constexpr (has_versions(kMode)) {
         const int64_t taps = static_cast<int64_t>(slide.taps.size());
         switch (slide.neighbours && slide.series.count > 1 ? 10 * slide.series.step + taps : 0) {
           case 11:

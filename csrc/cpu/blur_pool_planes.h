@@ -400,13 +400,12 @@ class BlurPlanes {
     }
   }
 
-  // For the numbers of taps that are frequent, of rows and of columns, there are versions; but not for what is slow
-  // anyway.
+  // A run of rows has at most as many taps as its columns, where it has a version.
   template <BlurMode kMode, Kind kKind, int kGroups>
   void run_kind(const BlurWindow<T>& window) const {
     for (const Run& run : *runs_) {
       const int64_t row_taps = static_cast<int64_t>(run.taps.size());
-      if constexpr (kMode != BlurMode::kTanhGradient) {
+      if constexpr (has_versions(kMode)) {
         switch (window.picks.size() > 1 || row_taps == 0 ? 0 : window.most_taps) {
           case 2:
             if (row_taps == 1) {
