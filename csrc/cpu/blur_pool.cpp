@@ -207,12 +207,17 @@ Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before,
   return {size, outputs, stride, before, after, static_cast<BlurPadding>(mode)};
 }
 
-// The rows of outputs of a strip of a plane, which is read and written some columns at a time: so many that all of it
-// stays in the first level; and of maps that no second level holds few, so that memory is met in order.
+// How many values a strip of a plane has, about: some columns of it are read and written at a time, from the first
+// level.
+constexpr int64_t kStripValues = 4096;
+// Maps of so many bytes, input and output together, are beyond the second levels. Their strips are short, so that
+// memory is met in order.
+constexpr int64_t kFarBytes = 10 << 20, kFarStripBytes = 2048;
+
 int64_t rows_of_strip(const BlurCall& call, int64_t element_size) {
   const int64_t in = call.in_height * call.in_width, out = call.out_height * call.out_width;
-  const bool far = call.batch * call.channels * (in + out) * element_size >= cpu::kFarBytes;
-  const int64_t values = far ? cpu::kFarStripBytes / element_size : cpu::kStripValues;
+  const bool far = call.batch * call.channels * (in + out) * element_size >= kFarBytes;
+  const int64_t values = far ? kFarStripBytes / element_size : cpu::kStripValues;
   return std::max<int64_t>(values / std::max(call.in_width, call.out_width), far ? 8 : 16);
 }
 
@@ -260,7 +265,6 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
 
 cpu::BlurPrologue prologue_of(const Tensor& like, const std::optional<Tensor>& scale,
                               const std::optional<Tensor>& shift, int64_t activation, double temperature) {
-  check_blur(like.dim() == 4, "a map must be (B, C, H, W)");
   check_blur(0 <= activation && activation <= 3, "activation is unknown");
   const ScalarType dtype = cpu::compute_dtype(like.scalar_type());
   return {static_cast<BlurActivation>(activation), temperature, per_channel(scale, like.size(1), dtype),

@@ -19,6 +19,7 @@ struct BlurTap {
   int64_t line;  // of the matrix for rows: which of the matrices acts on the columns; else 0
   double weight;
 };
+
 struct BlurMatrix {
   std::vector<int64_t> begin;
   std::vector<BlurTap> taps;
@@ -47,10 +48,9 @@ struct BlurRows {
   int64_t strip_count() const { return static_cast<int64_t>(strips.size()) - 1; }
 };
 
-// As many values as the rows of a strip of a plane have, about: they are read again and again, from the first level.
+// How many values a strip of a plane has, about: some columns of it are read and written at a time, from the first
+// level.
 constexpr int64_t kStripValues = 4096;
-// Maps of so many bytes in all come from further away than the second levels; and the bytes of rows of theirs.
-constexpr int64_t kFarBytes = 10 << 20, kFarStripBytes = 2048;
 
 // u = activation(scale * x + shift).
 struct BlurPrologue {

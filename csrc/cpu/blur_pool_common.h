@@ -1,4 +1,5 @@
-// What the kernels of blur pooling share: the matrix for rows, and the prologue with its derivative.
+// What the kernels of blur pooling share: outputs with the same taps, the prologue with its derivative, and what is
+// done about large maps.
 #pragma once
 
 #include "cpu/blur_pool.h"
@@ -14,6 +15,13 @@ namespace {
 // Outputs first, first + period, ...: the inputs of each lie `step` further than those of the one before.
 struct BlurSeries {
   int64_t first, count, step;
+};
+
+// A tap in the type that is computed in. `at` is an input, or where the row that it is begins.
+template <class T>
+struct BlurTapOf {
+  int64_t at, line;
+  T weight;
 };
 
 // How much further the inputs of output b lie than those of output a, or 0 if the taps differ in anything else.
@@ -78,23 +86,18 @@ template <class T>
 class BlurActivate {
  public:
   explicit BlurActivate(const BlurPrologue& prologue)
-      : is_tanh_(prologue.activation == BlurActivation::kTanhRelu),
-        has_high_(prologue.activation == BlurActivation::kRelu6),
-        temperature_(static_cast<T>(prologue.temperature)) {
+      : has_high_(prologue.activation == BlurActivation::kRelu6), temperature_(static_cast<T>(prologue.temperature)) {
     constexpr T kNone = std::numeric_limits<T>::quiet_NaN();
     low_ = broadcast(prologue.activation == BlurActivation::kNone ? kNone : T{0});
     high_ = broadcast(has_high_ ? T{6} : kNone);
   }
 
-  Vec<T> operator()(Vec<T> z) const {
-    if (!is_tanh_) return clamp(z);
-    return temperature_ * tanh_nonnegative(clamp(z) / temperature_);
-  }
-  // The same for all but kTanhRelu. NaN stays.
+  // All but kTanhRelu. NaN stays.
   Vec<T> clamp(Vec<T> z) const {
     z = max<T>(low_, z);
     return has_high_ ? min<T>(high_, z) : z;
   }
+  Vec<T> tanh_relu(Vec<T> z) const { return temperature_ * tanh_nonnegative(clamp(z) / temperature_); }
 
   // The derivative at z times g, as PyTorch has it where there is none.
   template <bool kTanh>
@@ -109,7 +112,7 @@ class BlurActivate {
   }
 
  private:
-  bool is_tanh_, has_high_;
+  bool has_high_;
   T temperature_;
   Vec<T> low_, high_;
 };
@@ -171,7 +174,7 @@ inline bool is_streamed(const BlurCall& call) {
   return std::is_same_v<S, Compute<S>> && values * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
 }
 
-// Whether the larger of the two maps is likely to come from memory, not from a cache.
+// Whether the larger of the two maps is likely to come from memory: with the other it fills the third level.
 template <class S>
 inline bool comes_from_memory(const BlurCall& call) {
   const int64_t in = call.in_height * call.in_width, out = call.out_height * call.out_width;

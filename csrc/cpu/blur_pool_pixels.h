@@ -2,7 +2,8 @@
 //
 // An output is a weighted sum of columns, and a column one of pixels that lie below each other, in the rows that the
 // matrix for rows names. Some channels go along a row of outputs at once: of columns that neighbouring outputs share
-// each is computed once, and held in registers. Nothing is written but the output.
+// each is computed once. For few taps they are held in registers, and nothing is written but the output; for many, in a
+// buffer. A prologue that is dear is applied once, to whole rows, which go into slots.
 #pragma once
 
 #include "cpu/blur_pool_common.h"
@@ -13,11 +14,7 @@ namespace {
 // The matrix for rows, in the type that is computed in.
 template <class T>
 struct BlurRowTaps {
-  struct Tap {
-    int64_t at;  // where the row begins, in an image or among the slots
-    int64_t line;
-    T weight;
-  };
+  using Tap = BlurTapOf<T>;  // `at` is in an image or among the slots
   std::vector<int64_t> begin;
   std::vector<Tap> taps;
 
@@ -34,13 +31,9 @@ struct BlurRowTaps {
 // A series of outputs of a row.
 template <class T>
 struct BlurSlide {
-  struct Tap {
-    int64_t from, line;
-    T weight;
-  };
   BlurSeries series;
   bool neighbours;  // whether the taps are neighbours, all of one line
-  std::vector<Tap> taps;
+  std::vector<BlurTapOf<T>> taps;
 };
 
 template <class T>
@@ -54,7 +47,7 @@ inline std::vector<BlurSlide<T>> slides_of(const BlurCall& call) {
     for (const BlurMatrix* line = columns; line < end; ++line) {
       for (int64_t t = 0; t < line->taps_of(series.first); ++t) {
         const BlurTap& tap = line->first_tap(series.first)[t];
-        slide.neighbours = slide.neighbours && (t == 0 || tap.from == slide.taps.back().from + 1);
+        slide.neighbours = slide.neighbours && (t == 0 || tap.from == slide.taps.back().at + 1);
         slide.taps.push_back({tap.from, line - columns, static_cast<T>(tap.weight)});
       }
     }
@@ -134,7 +127,7 @@ class BlurPixels {
       const Vec<T> scale = scale_.from(c, lanes), shift = shift_.from(c, lanes);
       for (int64_t at = c; at < row_size(); at += channels_) {
         const Vec<T> x = load_as_compute_up_to(from + at, lanes);
-        store_up_to(to + at, activate_(x * scale + shift), lanes);
+        store_up_to(to + at, activate_.tanh_relu(x * scale + shift), lanes);
       }
     }
   }
@@ -190,7 +183,7 @@ class BlurPixels {
       }
     }
 
-    VITFAST_INLINE bool from_memory() const { return from_memory_; }
+    VITFAST_INLINE bool from_memory() const { return from_memory_ && kMode != BlurMode::kPrepared; }
 
     // Adds what the outputs gave to the gradients of scale and shift.
     VITFAST_INLINE void finish(T* scale_sums, T* shift_sums) const {
@@ -235,7 +228,8 @@ class BlurPixels {
     for (const BlurSlide<T>& slide : slides_) {
       if constexpr (has_versions(kMode)) {
         const int64_t taps = static_cast<int64_t>(slide.taps.size());
-        switch (slide.neighbours && slide.series.count > 1 ? 10 * slide.series.step + taps : 0) {
+        const bool few = slide.neighbours && slide.series.count > 1 && taps <= 4;
+        switch (few ? 10 * slide.series.step + taps : 0) {
           case 11:
             slide_by<kMode, kCount, 1, 1>(slide, row, c, lanes);
             continue;
@@ -269,7 +263,7 @@ class BlurPixels {
     const auto *first = rows_.first(row), *last = rows_.last(row);
     const BlurSeries& series = slide.series;
     const int64_t size = channels_, period = call_.column_period, end = series.first + series.count * period;
-    const auto* from = source<kMode>() + slide.taps[0].from * size + c;
+    const auto* from = source<kMode>() + slide.taps[0].at * size + c;
     Vec<T> weight[kTaps], column[kTaps][kCount];
 #pragma GCC unroll 4
     for (int t = 0; t < kTaps; ++t) weight[t] = broadcast(slide.taps[t].weight);
@@ -304,7 +298,7 @@ class BlurPixels {
     if (shared) {
       const int64_t columns = (series.count - 1) * series.step + static_cast<int64_t>(slide.taps.size());
       for (int64_t x = 0; x < columns; ++x) {
-        const auto* from = source<kMode>() + (slide.taps[0].from + x) * channels_ + c;
+        const auto* from = source<kMode>() + (slide.taps[0].at + x) * channels_ + c;
         add_pixels<kCount>(from, first, last, channels, column);
         for (int v = 0; v < kCount; ++v) store(line_ + x * kSize + v * kVector, column[v]);
       }
@@ -313,11 +307,11 @@ class BlurPixels {
       Vec<T> sum[kCount]{};
       for (const auto& tap : slide.taps) {
         if (shared) {
-          const T* held = line_ + (tap.from - slide.taps[0].from + i * series.step) * kSize;
+          const T* held = line_ + (tap.at - slide.taps[0].at + i * series.step) * kSize;
           for (int v = 0; v < kCount; ++v) sum[v] = sum[v] + tap.weight * load(held + v * kVector);
           continue;
         }
-        const auto* from = source<kMode>() + (tap.from + i * series.step) * channels_ + c;
+        const auto* from = source<kMode>() + (tap.at + i * series.step) * channels_ + c;
         const bool one_line = call_.columns.size() == 1;
         for (const auto* of = first; of < last; of = one_line ? last : of + 1) {
           if (!one_line && of->line != tap.line) continue;

@@ -1,9 +1,10 @@
 // Blur pooling and its transpose of channels-first maps, whose rows lie along the vector.
 //
-// Some outputs of a row, no more than a vector, depend on columns that fit into two vectors: a window. The rows that an
-// output needs are added up there, and then each output picks its columns from the two vectors, by shuffles whose lanes
-// and weights hold padding, stride and transposition. Nothing is written but the output. Where two rows of outputs
-// fit into a vector, its halves are the rows of outputs, and the two vectors of the window theirs.
+// Some outputs of a row, up to two vectors of them, depend on columns that fit into two vectors: a window. The rows
+// that an output needs are added up there, and then each output picks its columns from the two vectors, by shuffles
+// whose lanes and weights hold padding, stride and transposition. Where two rows of outputs fit into a vector, its
+// halves are the rows of outputs, and the two vectors of the window theirs. Buffers there are for a prologue that is
+// dear, whose rows go into slots, and for results that are written past the caches.
 #pragma once
 
 #include "cpu/blur_pool_common.h"
@@ -53,7 +54,7 @@ inline Vec<T> add_where(LaneMask<T> mask, Vec<T> sum, Vec<T> weight, Vec<T> x) {
 template <class T>
 class FirstLanes {
  public:
-  explicit FirstLanes(int64_t count) : count_(std::min<int64_t>(count, kLanes<T>)) {
+  explicit FirstLanes(int64_t count) : count_(std::clamp<int64_t>(count, 0, kLanes<T>)) {
 #if VITFAST_VECTOR_BYTES == 64
     mask_ = static_cast<LaneMask<T>>((1u << count_) - 1);
 #endif
@@ -65,8 +66,9 @@ class FirstLanes {
     if constexpr (std::is_same_v<S, float>) return (Vec<T>)_mm512_maskz_loadu_ps(mask_, p);
     if constexpr (std::is_same_v<S, double>) return (Vec<T>)_mm512_maskz_loadu_pd(mask_, p);
     if constexpr (sizeof(S) == 2) return widen<S>((HalfBits)_mm256_maskz_loadu_epi16(mask_, p));
-#endif
+#else
     return load_as_compute_up_to(p, count_);
+#endif
   }
 
   template <class S>
@@ -75,8 +77,9 @@ class FirstLanes {
     if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p, mask_, (__m512)x);
     if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(p, mask_, (__m512d)x);
     if constexpr (sizeof(S) == 2) return _mm256_mask_storeu_epi16(p, mask_, (__m256i)narrow<S>(x));
-#endif
+#else
     store_as_storage_up_to(p, x, count_);
+#endif
   }
 
  private:
@@ -120,7 +123,7 @@ struct BlurWindow {
   int64_t first, outputs;  // of a row
   int64_t from, columns;
   int64_t most_taps;                            // of an output, along a line
-  std::vector<std::vector<BlurPick<T>>> picks;  // of each line, one for each tap
+  std::vector<std::vector<BlurPick<T>>> picks;  // of each line, one for each tap; but for kAny
 
   int64_t groups() const { return (outputs + kLanes<T> - 1) / kLanes<T>; }
 };
@@ -149,7 +152,7 @@ inline std::vector<BlurWindow<T>> windows_up_to(const BlurCall& call, int64_t co
     const bool whole = window.outputs == call.out_width && call.row_period == 1;
     if (whole && window.kind == Kind::kOne && 2 * window.outputs <= kLanes<T>) window.kind = Kind::kPair;
     first += window.outputs;
-    windows.push_back(window);
+    windows.push_back(std::move(window));
   }
   return windows;
 }
@@ -174,15 +177,16 @@ inline std::vector<BlurWindow<T>> windows_of(const BlurCall& call) {
   };
   const int64_t row_taps = average_taps(call.rows.matrix), column_taps = average_taps(call.columns[0]);
   std::vector<BlurWindow<T>> windows;
+  int64_t least = std::numeric_limits<int64_t>::max();
   for (const int64_t columns : {kVector, 2 * kVector}) {
     for (const int64_t outputs : {kVector, kMostGroups * kVector}) {
       std::vector<BlurWindow<T>> other = windows_up_to<T>(call, columns, outputs);
-      const bool cheaper =
-          windows.empty() || cost_of(other, row_taps, column_taps) < cost_of(windows, row_taps, column_taps);
-      if (cheaper) windows = std::move(other);
+      const int64_t cost = cost_of(other, row_taps, column_taps);
+      if (cost < least) least = cost, windows = std::move(other);
     }
   }
   for (BlurWindow<T>& window : windows) {
+    if (window.kind == BlurWindowKind::kAny) continue;
     for (const BlurMatrix& line : call.columns) {
       std::vector<BlurPick<T>>& picks = window.picks.emplace_back();
       for (int64_t j = 0; j < window.outputs; ++j) {
@@ -204,19 +208,14 @@ inline std::vector<BlurWindow<T>> windows_of(const BlurCall& call) {
   return windows;
 }
 
-// ---- rows
-// ------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // A series of rows of outputs of a strip.
 template <class T>
 struct BlurRun {
-  struct Tap {
-    int64_t at, line;  // where the row of the input begins, in a plane or among the slots
-    T weight;
-  };
   BlurSeries series;
-  int64_t step;  // from the rows of an output to those of the next
-  std::vector<Tap> taps;
+  int64_t step;                    // from the rows of an output to those of the next
+  std::vector<BlurTapOf<T>> taps;  // `at` is in a plane or among the slots
 };
 
 template <class T>
@@ -327,7 +326,7 @@ class BlurPlanes {
     const Vec<T> scale = scale_.of(plane % call_.channels), shift = shift_.of(plane % call_.channels);
     for (int64_t j = 0; j < call_.in_width; j += kVector) {
       const Vec<T> x = load_as_compute_up_to(from + j, call_.in_width - j);
-      store_up_to(to + j, activate_(x * scale + shift), call_.in_width - j);
+      store_up_to(to + j, activate_.tanh_relu(x * scale + shift), call_.in_width - j);
     }
   }
 
@@ -361,7 +360,7 @@ class BlurPlanes {
         if (ahead_ > 0) __builtin_prefetch(primal_ + at + ahead_, 0, 2);
         const Vec<T> x = lanes.load(primal_ + at);
         sum = activate_.template backward<kMode == BlurMode::kTanhGradient>(x * scale_ + shift_, sum);
-        // Lanes beyond the last took nothing, so that their gradient is 0.
+        // Lanes beyond the last took nothing: their gradient is 0, as long as scale and shift are finite.
         scale_sum_ = scale_sum_ + sum * x;
         shift_sum_ = shift_sum_ + sum;
         sum = sum * scale_;
@@ -369,8 +368,8 @@ class BlurPlanes {
       lanes.store(to_ + at, sum);
     }
 
-    // Adds what the outputs gave to the gradients of scale and shift: a window at a time, since the rounding errors of
-    // a sum grow with the number of its terms.
+    // Adds what some outputs gave to the gradients of scale and shift. They are few: the rounding errors of a sum grow
+    // with the number of its terms.
     VITFAST_INLINE void finish(double* scale_sum, double* shift_sum) {
       *scale_sum += static_cast<double>(sum_of_lanes<T>(scale_sum_));
       *shift_sum += static_cast<double>(sum_of_lanes<T>(shift_sum_));
@@ -400,7 +399,8 @@ class BlurPlanes {
     }
   }
 
-  // A run of rows has at most as many taps as its columns, where it has a version.
+  // There are versions for rows that have as many taps as columns have, or fewer; and where every second row of a
+  // transpose has a single one, for that.
   template <BlurMode kMode, Kind kKind, int kGroups>
   void run_kind(const BlurWindow<T>& window) const {
     for (const Run& run : *runs_) {
@@ -465,7 +465,7 @@ class BlurPlanes {
           mask[g][t] = not_negative<T>(columns[g][t]);
         }
       }
-      // Where a row has fewer taps, the last one is halved.
+      // A row with fewer taps takes the last one in halves, which add up exactly: a weight of 0 would make NaN of Inf.
       T halves = 1;
 #pragma GCC unroll 5
       for (int t = 0; t < kRowTaps; ++t) {
@@ -479,14 +479,14 @@ class BlurPlanes {
     const auto shuffled = [](Vec<T> x, Vec<T> y, IntVec<T> lane) VITFAST_INLINE {
       return kKind == Kind::kOne ? __builtin_shuffle(x, lane) : __builtin_shuffle(x, y, lane);
     };
-    const FirstLanes<T> low(window.columns), high(std::max<int64_t>(window.columns - kVector, 0));
+    const FirstLanes<T> low(window.columns), high(window.columns - kVector);
     const FirstLanes<T> first_outputs(window.outputs);
     const FirstLanes<T> last_outputs(kKind == Kind::kPair ? 2 * window.outputs : window.outputs - kVector);
     const int64_t row_step = call_.row_period * call_.out_width, end = run.series.count;
     for_each_plane<kMode>([&](int64_t plane, auto& io) VITFAST_INLINE {
       const auto* from = source<kMode>(plane) + window.from;
       int64_t at = (run.series.first - group_->first) * call_.out_width + window.first;
-      // Adds up the rows that output `row` of the run needs.
+      // Adds up the rows that an output needs.
       const auto add_rows = [&](const auto* row, int64_t line, FirstLanes<T> lanes) VITFAST_INLINE {
         Vec<T> sum{};
         if constexpr (kAny) {
@@ -547,14 +547,14 @@ class BlurPlanes {
     for_each_plane<kMode>([&](int64_t plane, auto& io) {
       for (const Run& run : *runs_) {
         for (int64_t row = 0; row < run.series.count; ++row) {
-          const auto* const from = source<kMode>(plane) + window.from + row * run.step;
+          const auto* const from = source<kMode>(plane) + row * run.step;
           Vec<T> sum{};
-          for (size_t line = 0; line < window.picks.size(); ++line) {
-            for (const BlurPick<T>& pick : window.picks[line]) {
-              for (const auto& tap : run.taps) {
-                if (tap.line != static_cast<int64_t>(line)) continue;
-                sum = sum + pick.weight[0] * tap.weight * io.load_input(from + pick.column[0] + tap.at, one);
-              }
+          for (const auto& tap : run.taps) {
+            const BlurMatrix& line = call_.columns[tap.line];
+            for (int64_t t = 0; t < line.taps_of(window.first); ++t) {
+              const BlurTap& column = line.first_tap(window.first)[t];
+              const T weight = tap.weight * static_cast<T>(column.weight);
+              sum = sum + weight * io.load_input(from + column.from + tap.at, one);
             }
           }
           const int64_t output = run.series.first - group_->first + row * call_.row_period;

@@ -91,7 +91,7 @@ inline Vec<T> lane_index() {
   return lane_index<T>(std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// The first n lanes, 0 < n <= lanes; the others read as zero. Touches no memory beyond them.
+// The first n lanes, 0 <= n <= lanes; the others read as zero. Touches no memory beyond them.
 template <class T>
 inline Vec<T> load_partial(const T* p, int64_t n) {
 #if VITFAST_VECTOR_BYTES == 64
@@ -193,6 +193,7 @@ inline Vec<T> reduce_rows(Vec<T>* rows, Combine combine) {
   }
 }
 
+// Adds the upper half of the lanes to the lower one, and so on.
 template <class T, int kHalf, int... L>
 inline T sum_of_halves(Vec<T> x, std::integer_sequence<int, L...> lanes) {
   if constexpr (kHalf == 0) {
@@ -408,7 +409,7 @@ inline HalfBits load_halves(const void* p, int64_t n) {
   return (HalfBits)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
 #else
   uint16_t halves[kLanes<float>] = {};
-  for (int64_t l = 0; l < n; ++l) std::memcpy(halves + l, static_cast<const std::byte*>(p) + 2 * l, 2);
+  std::memcpy(halves, p, 2 * n);
   HalfBits bits;
   std::memcpy(&bits, halves, sizeof(bits));
   return bits;
@@ -421,7 +422,7 @@ inline void store_halves(void* p, HalfBits bits, int64_t n) {
 #else
   uint16_t halves[kLanes<float>];
   std::memcpy(halves, &bits, sizeof(bits));
-  for (int64_t l = 0; l < n; ++l) std::memcpy(static_cast<std::byte*>(p) + 2 * l, halves + l, 2);
+  std::memcpy(p, halves, 2 * n);
 #endif
 }
 
