@@ -207,9 +207,6 @@ Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before,
   return {size, outputs, stride, before, after, static_cast<BlurPadding>(mode)};
 }
 
-// How many values a strip of a plane has, about: some columns of it are read and written at a time, from the first
-// level.
-constexpr int64_t kStripValues = 4096;
 // Maps of so many bytes, input and output together, are beyond the second levels. Their strips are short, so that
 // memory is met in order.
 constexpr int64_t kFarBytes = 10 << 20, kFarStripBytes = 2048;

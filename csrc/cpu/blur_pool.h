@@ -28,6 +28,7 @@ struct BlurMatrix {
   int64_t taps_of(int64_t output) const { return begin[output + 1] - begin[output]; }
   const BlurTap* first_tap(int64_t output) const { return taps.data() + begin[output]; }
 };
+
 // The matrix for rows, and the order in which its outputs are computed: in strips, which may be computed at the same
 // time, of groups. Where rows of the input are prepared, since their prologue is dear, each has a slot, where later
 // groups of the strip may find it, and the taps of the matrix count slots.
