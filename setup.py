@@ -41,7 +41,9 @@ COMPILE = [
 LINK = ["-Wl,--as-needed", "-Wl,--no-undefined-version"]
 if os.environ.get("VITFAST_SANITIZE") == "1":
     SANITIZE = "-fsanitize=address,undefined"
-    COMPILE += [SANITIZE, "-fno-omit-frame-pointer", "-g", "-O1", "-fno-sanitize-recover=undefined"]
+    COMPILE += [SANITIZE, "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
+    # Checks of addresses as calls, not in line: the unrolled kernels then compile in half the time.
+    COMPILE += ["--param", "asan-instrumentation-with-call-threshold=0"]
     LINK += [SANITIZE]
 else:
     COMPILE += ["-g0"]  # Python's own flags ask for debug information, ten times the size of the library
