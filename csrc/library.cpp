@@ -5,6 +5,32 @@
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY(vitfast, m) {
+  // Residual branches: of some rows of the map x, or of all without an index. Maps are written in these rows.
+  //   add_linear:    out = x + scale (y weight^T + bias)
+  //   norm_linear:   out = norm(x) weight^T + bias; the backward adds the gradient of x to start
+  //   residual_mlp:  out = x + scale mlp(norm(x)); hidden are the values before the activation
+  // Gradients of parameters are added to what is there, or written. norm_grad (2, channels) is of weight and bias.
+  m.def(
+      "add_linear(Tensor x, Tensor y, Tensor? index, Tensor? scale, Tensor weight, Tensor? bias, Tensor(a!) out) -> "
+      "()");
+  m.def(
+      "add_linear_backward(Tensor grad, Tensor y, Tensor? index, Tensor? scale, Tensor weight, bool add, Tensor(a!) "
+      "y_grad, Tensor(b!)? weight_grad, Tensor(c!)? bias_grad) -> ()");
+  m.def(
+      "norm_linear(Tensor x, Tensor? index, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? "
+      "bias, Tensor(a!) out) -> ()");
+  m.def(
+      "norm_linear_backward(Tensor grad, Tensor start, Tensor x, Tensor? index, Tensor? norm_weight, Tensor? "
+      "norm_bias, float eps, Tensor weight, bool add, Tensor(a!) x_grad, Tensor(b!) norm_grad, Tensor(c!)? "
+      "weight_grad, Tensor(d!)? bias_grad) -> ()");
+  m.def(
+      "residual_mlp(Tensor x, Tensor? index, Tensor? scale, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor "
+      "weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor(a!) out, Tensor(b!)? hidden) -> ()");
+  m.def(
+      "residual_mlp_backward(Tensor grad, Tensor x, Tensor? index, Tensor? scale, Tensor? norm_weight, Tensor? "
+      "norm_bias, float eps, Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor(a!) x_grad, Tensor(b!) "
+      "norm_grad, Tensor(c!)? weight1_grad, Tensor(d!)? bias1_grad, Tensor(e!)? weight2_grad, Tensor(f!)? bias2_grad) "
+      "-> ()");
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, bool return_lse) -> "
       "(Tensor output, Tensor lse)");
@@ -70,6 +96,8 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
+  m.impl("add_linear", TORCH_BOX(&vitfast::add_linear_cpu));
+  m.impl("add_linear_backward", TORCH_BOX(&vitfast::add_linear_backward_cpu));
   m.impl("attention", TORCH_BOX(&vitfast::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&vitfast::attention_backward_cpu));
   m.impl("attention_qkvpacked", TORCH_BOX(&vitfast::attention_qkvpacked_cpu));
@@ -83,7 +111,11 @@ STABLE_TORCH_LIBRARY_IMPL(vitfast, CPU, m) {
   m.impl("gelu_backward", TORCH_BOX(&vitfast::gelu_backward_cpu));
   m.impl("gelu_tangents", TORCH_BOX(&vitfast::gelu_tangents_cpu));
   m.impl("matrix_sum", TORCH_BOX(&vitfast::matrix_sum_cpu));
+  m.impl("norm_linear", TORCH_BOX(&vitfast::norm_linear_cpu));
+  m.impl("norm_linear_backward", TORCH_BOX(&vitfast::norm_linear_backward_cpu));
   m.impl("normalization_tangents", TORCH_BOX(&vitfast::normalization_tangents_cpu));
+  m.impl("residual_mlp", TORCH_BOX(&vitfast::residual_mlp_cpu));
+  m.impl("residual_mlp_backward", TORCH_BOX(&vitfast::residual_mlp_backward_cpu));
   m.impl("weight_gradient", TORCH_BOX(&vitfast::weight_gradient_cpu));
   m.impl("window_attention", TORCH_BOX(&vitfast::window_attention_cpu));
   m.impl("window_attention_backward", TORCH_BOX(&vitfast::window_attention_backward_cpu));

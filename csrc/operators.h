@@ -12,6 +12,13 @@ namespace vitfast {
 
 using torch::stable::Tensor;
 
+void add_linear_cpu(Tensor x, Tensor y, std::optional<Tensor> index, std::optional<Tensor> scale, Tensor weight,
+                    std::optional<Tensor> bias, Tensor out);
+
+void add_linear_backward_cpu(Tensor grad, Tensor y, std::optional<Tensor> index, std::optional<Tensor> scale,
+                             Tensor weight, bool add, Tensor y_grad, std::optional<Tensor> weight_grad,
+                             std::optional<Tensor> bias_grad);
+
 std::tuple<Tensor, Tensor> attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                          double scale, bool return_lse);
 
@@ -58,11 +65,31 @@ void gelu_tangents_cpu(Tensor x, std::optional<Tensor> grad, std::optional<Tenso
 void matrix_sum_cpu(std::optional<Tensor> a, std::optional<Tensor> b, std::optional<Tensor> a2,
                     std::optional<Tensor> b2, std::optional<Tensor> start, Tensor out);
 
+void norm_linear_cpu(Tensor x, std::optional<Tensor> index, std::optional<Tensor> norm_weight,
+                     std::optional<Tensor> norm_bias, double eps, Tensor weight, std::optional<Tensor> bias,
+                     Tensor out);
+
+void norm_linear_backward_cpu(Tensor grad, Tensor start, Tensor x, std::optional<Tensor> index,
+                              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
+                              Tensor weight, bool add, Tensor x_grad, Tensor norm_grad,
+                              std::optional<Tensor> weight_grad, std::optional<Tensor> bias_grad);
+
 void normalization_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, bool per_channel, std::optional<Tensor> weight,
                                 std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
                                 std::optional<Tensor> bias_t, std::optional<Tensor> grad_t, int64_t count,
                                 std::optional<Tensor> out_t, std::optional<Tensor> x_grad_t,
                                 std::optional<Tensor> weight_grad_t, std::optional<Tensor> bias_grad_t);
+
+void residual_mlp_cpu(Tensor x, std::optional<Tensor> index, std::optional<Tensor> scale,
+                      std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, Tensor weight1,
+                      std::optional<Tensor> bias1, Tensor weight2, std::optional<Tensor> bias2, Tensor out,
+                      std::optional<Tensor> hidden);
+
+void residual_mlp_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> index, std::optional<Tensor> scale,
+                               std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
+                               Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor x_grad, Tensor norm_grad,
+                               std::optional<Tensor> weight1_grad, std::optional<Tensor> bias1_grad,
+                               std::optional<Tensor> weight2_grad, std::optional<Tensor> bias2_grad);
 
 void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, bool add);
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/row_table.h"
+
 namespace vitfast::cpu {
 
 // out (count, rows, columns), contiguous: the sum of the terms' products A B and of `start`.
@@ -21,6 +23,10 @@ struct MatrixSum {
   const float* start;  // (count, columns), added to every row, or null
   int64_t start_step;
   float* out;
+  // For a single result, some rows of maps: those of A that belong to its rows, and those of out, which become
+  // plus + scale (A B + A' B' + start), with `plus` a map like out.
+  RowTable a_rows = {}, out_rows = {};
+  const float* plus = nullptr;
 };
 
 // `columns` must be a multiple of this: whole vectors of any instruction set.

@@ -30,21 +30,27 @@ class MatrixSumTask {
         bytes_(arena.used()) {
     if (!arena.holds_memory()) return;
     for (int64_t i = 0; i < kDepth; ++i) panel_offset_[i] = i * kPanel;
-    for (int64_t i = 0; i < kRows; ++i) out_offset_[i] = i * call.columns, start_offset_[i] = 0;
+    std::fill_n(start_offset_, kRows, 0);
   }
 
   int64_t bytes() const { return bytes_; }
 
   // Rows and columns of result k.
   void operator()(int64_t k, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    float* out = call_.out + (k * call_.rows + row) * call_.columns + column;
+    float* out = call_.out + k * call_.rows * call_.columns + column;
     const float* start = call_.start == nullptr ? nullptr : call_.start + k * call_.start_step + column;
+    const RowTable a_rows = call_.a_rows.from(row), out_rows = call_.out_rows.from(row);
+    for (int64_t i = 0; i < rows; ++i) out_offset_[i] = out_rows.row(i) * call_.columns;
     bool is_first = true;
+    if (call_.plus != nullptr) {
+      for (int64_t i = 0; i < rows; ++i) begin_row(out_offset_[i], column, columns, start, out_rows.factor(i));
+      is_first = false;
+    }
     for (int64_t t = 0; t < call_.terms_in_use; ++t) {
       const MatrixSum::Term& term = call_.terms[t];
-      const float* a = term.a + k * term.a_step + row * term.a_row;
+      const float* a = term.a + k * term.a_step;
       const float* b = term.b + k * term.b_step + column * term.b_column;
-      for (int64_t i = 0; i < rows; ++i) a_offset_[i] = i * term.a_row;
+      for (int64_t i = 0; i < rows; ++i) a_offset_[i] = a_rows.row(i) * term.a_row;
       const int64_t blocks = parts(term.depth, kDepth);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = term.depth * block / blocks, depth = term.depth * (block + 1) / blocks - first;
@@ -53,6 +59,7 @@ class MatrixSumTask {
           copy_panel(term, b + first * term.b_row + j * term.b_column, depth, width);
           Product<float> product{
               depth, {a + first, a_offset_, 1}, 0, {panel_, panel_offset_, 1}, {out + j, out_offset_, 1}, 0, 1.0f};
+          product.row_alpha = out_rows.scale;
           if (!is_first) {
             product.plus = product.c;
           } else if (start != nullptr) {
@@ -66,6 +73,15 @@ class MatrixSumTask {
   }
 
  private:
+  // A row of out before its products: plus + factor * start.
+  void begin_row(int64_t offset, int64_t column, int64_t columns, const float* start, float factor) const {
+    const float* plus = call_.plus + offset + column;
+    float* out = call_.out + offset + column;
+    for (int64_t j = 0; j < columns; j += kLane) {
+      store(out + j, start == nullptr ? load(plus + j) : load(plus + j) + factor * load(start + j));
+    }
+  }
+
   void copy_panel(const MatrixSum::Term& term, const float* b, int64_t depth, int64_t width) {
     if (term.b_column != 1) {
       transpose_rows<float>([&](int64_t j) { return b + j * term.b_column; }, width, depth, panel_, kPanel);

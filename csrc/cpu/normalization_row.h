@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cpu/matrix.h"
-#include "cpu/normalization.h"
+#include "cpu/normalization_tangents.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/row_table.h"
+
 namespace vitfast::cpu {
 
 // weight (outputs, inputs) and bias (outputs,) of y = x W^T + b, for `rows` rows of x and of the gradient of y.
@@ -13,8 +15,9 @@ struct WeightGradient {
   const float *grad, *x;
   int64_t grad_stride, x_stride;
   float* weight;
-  float* bias;  // null if nobody wants it
-  bool add;     // to what weight and bias hold
+  float* bias;              // null if nobody wants it
+  bool add;                 // to what weight and bias hold
+  RowTable grad_rows = {};  // where the gradients are some rows of a map
 };
 
 // `inputs` must be a multiple of this: whole vectors of any instruction set.

@@ -38,8 +38,8 @@ class WeightGradientBlock {
 
   // dW of some outputs and inputs, and db of the outputs beside the first inputs.
   void operator()(int64_t output, int64_t outputs, int64_t input, int64_t inputs) {
-    const Part all_grads{call_.grad + output, call_.grad_stride, call_.rows, outputs};
-    const Part all_x{call_.x + input, call_.x_stride, call_.rows, inputs};
+    const Part all_grads{call_.grad + output, call_.grad_stride, call_.rows, outputs, call_.grad_rows};
+    const Part all_x{call_.x + input, call_.x_stride, call_.rows, inputs, {}};
     const int64_t blocks = parts(call_.rows, kDepth), panels = parts(inputs, kPanel);
     const int64_t tiles = parts(outputs, tile_rows(kTileVectors));
     const auto block_of = [&](const Part& all, int64_t b) {
@@ -77,22 +77,26 @@ class WeightGradientBlock {
   struct Part {
     const float* data;
     int64_t stride, rows, columns;
+    RowTable chosen;
 
-    Part rows_of(int64_t first, int64_t count) const { return {data + first * stride, stride, count, columns}; }
+    Part rows_of(int64_t first, int64_t count) const { return {data, stride, count, columns, chosen.from(first)}; }
     Part columns_of(int64_t first, int64_t most) const {
-      return {data + first, stride, rows, std::min(most, columns - first)};
+      return {data + first, stride, rows, std::min(most, columns - first), chosen};
     }
+    const float* row(int64_t i) const { return data + chosen.row(i) * stride; }
     // Up to whole vectors.
     void copy(float* to, int64_t to_stride) const {
       for (int64_t i = 0; i < rows; ++i, to += to_stride) {
-        for (int64_t j = 0; j < columns; j += kLane) store(to + j, load_up_to(data + i * stride + j, columns - j));
+        const float* from = row(i);
+        const float factor = chosen.factor(i);
+        for (int64_t j = 0; j < columns; j += kLane) store(to + j, load_up_to(from + j, columns - j) * factor);
       }
     }
     // Share `share` of `shares`, into the second level: what is copied next comes while tiles are computed.
     void prefetch(int64_t share, int64_t shares) const {
       constexpr int64_t kLine = 16;
       for (int64_t i = rows * share / shares; i < rows * (share + 1) / shares; ++i) {
-        for (int64_t j = 0; j < columns; j += kLine) __builtin_prefetch(data + i * stride + j, 0, 2);
+        for (int64_t j = 0; j < columns; j += kLine) __builtin_prefetch(row(i) + j, 0, 2);
       }
     }
   };

@@ -72,7 +72,7 @@ def test_forward_and_backward(dtype, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [operator._ROWS - 1, 3 * operator._ROWS - 100, 5 * operator._ROWS + 3])
+@pytest.mark.parametrize("rows", [operator.BLOCK_ROWS - 1, 3 * operator._ROWS - 100, 5 * operator._ROWS + 3])
 def test_rows_go_through_in_blocks(rows, dtype):
     tensors = make((rows,), 8, 20, 8, dtype=dtype)
     assert_as_exact_as_pytorch(tensors, torch.randn(rows, 8).to(dtype))
@@ -83,7 +83,7 @@ def test_blocks_cover_the_rows(rows):
     blocks = list(operator._blocks(torch.empty(rows, 0)))
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
     sizes = [block.stop - block.start for block in blocks]
-    assert max(sizes, default=0) <= 1.5 * operator._ROWS
+    assert max(sizes, default=0) <= 1.5 * operator.BLOCK_ROWS
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -159,7 +159,7 @@ def test_results_do_not_depend_on_the_threads(threads):
 
 
 def test_hidden_values_are_not_in_memory_at_once():
-    rows = 10 * operator._ROWS
+    rows = 10 * operator.BLOCK_ROWS
     tensors = make((rows,), 8, 64, 8, dtype=torch.float32)
     hidden = 4 * rows * 64
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from timm.layers import GELU, Attention, BatchNormAct2d, BlurPool2d, ConvNormAct, Mlp
+from timm.layers import GELU, Attention, BatchNormAct2d, BlurPool2d, ConvNormAct, DropPath, LayerNorm, Mlp
 from timm.models.resnet import BasicBlock, Bottleneck
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitfast import functional
@@ -20,6 +21,15 @@ from vitfast.models.acceleration.blurs import (
     may_fuse_activation,
     takes,
 )
+from vitfast.nn._branches import (
+    LAYER_NORMS,
+    STOCHASTIC_DEPTHS,
+    add_attention,
+    add_mlp,
+    affine,
+    is_fusible,
+    project_normalized,
+)
 from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_absent, is_idle, is_plain_linear
 
 
@@ -30,35 +40,90 @@ class FusedAttention(Attention):
         masked_by_booleans = attn_mask is not None and not attn_mask.is_floating_point()
         if is_causal or masked_by_booleans or not is_idle(self.attn_drop):
             return super().forward(x, attn_mask, is_causal)
-        qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if is_absent(self.q_norm) and is_absent(self.k_norm):
-            output = functional.attention_qkvpacked(qkv, attn_mask, scale=self.scale)
+            output = self.attend(apply_linear(self.qkv, x), attn_mask)
         else:
+            qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
             query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
             query, key = self.q_norm(query), self.k_norm(key)
-            output = functional.attention(query, key, value, attn_mask, scale=self.scale).transpose(1, 2)
-        output = self.norm(output.flatten(2))
+            output = functional.attention(query, key, value, attn_mask, scale=self.scale).transpose(1, 2).flatten(2)
+        output = self.norm(output)
         if self.gate is not None:
             output = output * self.gate(x).sigmoid()
         return self.proj_drop(apply_linear(self.proj, output))
 
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """From packed projections (B, N, 3 C) to the heads' results (B, N, C)."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        return functional.attention_qkvpacked(qkv, attn_mask, scale=self.scale).flatten(2)
+
+    def is_plain(self) -> bool:
+        """Whether it is nothing but two plain linear layers with attention between them now."""
+        absent = all(map(is_absent, (self.q_norm, self.k_norm, self.norm))) and self.gate is None
+        idle = is_idle(self.attn_drop) and is_idle(self.proj_drop)
+        return absent and idle and is_plain_linear(self.qkv) and is_plain_linear(self.proj) and not has_hooks(self)
+
+
+class FusedBlock(Block):
+    """timm's ViT block with its normalisations, stochastic depth and additions beside the matrix products."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not (is_absent(self.ls1) and is_absent(self.ls2)):
+            return super().forward(x, attn_mask, is_causal)
+        attention = self.attn
+        if attn_mask is None and not is_causal and type(attention) is FusedAttention and attention.is_plain():
+            projection, output = affine(attention.qkv), affine(attention.proj)
+            if is_fusible(x, self.norm1, self.drop_path1, projection, output):
+                x = add_attention(x, self.norm1, projection, attention.attend, output, self.drop_path1)
+                return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2)
+        x = x + self.drop_path1(attention(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2)
+
 
 class FusedSwinTransformerBlock(SwinTransformerBlock):
-    """timm's Swin block with its windows, shift and region mask inside the fused operator."""
+    """timm's Swin block: its windows, shift and region mask inside the fused operator, what is around them beside the
+    matrix products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.attn
+        projection, output = affine(attention.qkv), affine(attention.proj)
+        plain = is_plain_linear(attention.qkv) and is_plain_linear(attention.proj) and is_idle(attention.proj_drop)
+        if plain and self._is_served(x) and is_fusible(x, self.norm1, self.drop_path1, projection, output):
+            x = add_attention(x, self.norm1, projection, self._attend, output, self.drop_path1)
+        else:
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
+        return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2)
 
     def _attn(self, x: Tensor) -> Tensor:
-        attention = self.attn
-        padded = any(size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
-        if padded or has_hooks(attention) or not is_idle(attention.attn_drop):
+        if not self._is_served(x):
             return super()._attn(x)
-        output = functional.window_attention_qkvpacked(
-            apply_linear(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1)),
+        attention = self.attn
+        output = self._attend(apply_linear(attention.qkv, x))
+        return attention.proj_drop(apply_linear(attention.proj, output))
+
+    def _is_served(self, x: Tensor) -> bool:
+        padded = any(size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
+        return not padded and not has_hooks(self.attn) and is_idle(self.attn.attn_drop)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """From packed projections (B, H, W, 3 C) to the heads' results (B, H, W, C)."""
+        attention = self.attn
+        return functional.window_attention_qkvpacked(
+            qkv.unflatten(-1, (3, attention.num_heads, -1)),
             attention._get_rel_pos_bias().squeeze(0),
             window_size=self.window_size,
             shift=self.shift_size,
             scale=attention.scale,
-        )
-        return attention.proj_drop(apply_linear(attention.proj, output.flatten(3)))
+        ).flatten(3)
+
+
+class FusedPatchMerging(PatchMerging):
+    """timm's patch merging with its normalisation beside the matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return project_normalized(x, self.norm, self.reduction)
 
 
 class FusedMlp(Mlp):
@@ -127,6 +192,7 @@ def _joined(block: BasicBlock | Bottleneck, x: Tensor, inner: Tensor, activation
 
 
 _ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop", "fused_attn", "head_dim")
+_BLOCK_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 
@@ -144,6 +210,12 @@ def _is_gelu(activation: nn.Module, whatever_looks: bool = False) -> bool:
 def _is_fusible_mlp(mlp: Mlp, x: Tensor) -> bool:
     linear = x.is_cpu and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and isinstance(mlp.norm, nn.Identity)
     return linear and _is_gelu(mlp.act) and is_idle(mlp.drop1)
+
+
+def _plain_layers(mlp: nn.Module, x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
+    """The linear layers of an MLP that is nothing but these and a GELU now."""
+    plain = type(mlp) is FusedMlp and _is_fusible_mlp(mlp, x) and is_idle(mlp.drop2)
+    return (mlp.fc1, mlp.fc2) if plain else None
 
 
 def _has_other_layers(mlp: Mlp) -> str | None:
@@ -174,8 +246,12 @@ def _has_other_attention(block: nn.Module) -> str | None:
 
 
 BLURS.add(BlurPool2d)
+LAYER_NORMS.add(LayerNorm)
+STOCHASTIC_DEPTHS.add(DropPath)
 ADAPTATIONS = {
     Attention: Adaptation(FusedAttention, partial(_lacks, _ATTENTION_PARTS)),
+    Block: Adaptation(FusedBlock, partial(_lacks, _BLOCK_PARTS)),
+    PatchMerging: Adaptation(FusedPatchMerging),
     Mlp: Adaptation(FusedMlp, _has_other_layers),
     BlurPool2d: Adaptation(FusedBlurPool2d, _is_no_single_blur),
     ConvNormAct: Adaptation(FusedConvNormAct, applies=_has_norm_act_and_blur),

@@ -1,8 +1,8 @@
 // The kernel for tangents of normalisations.
 #pragma once
 
-#include "cpu/batch_norm_kernel.h"
-#include "cpu/layer_norm_kernel.h"
+#include "cpu/batch_norm_tangents_kernel.h"
+#include "cpu/layer_norm_tangents_kernel.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {

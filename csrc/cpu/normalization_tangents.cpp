@@ -1,6 +1,6 @@
 // The operator for tangents of normalisations on the CPU. Arguments come from vitfast/ops/layers.py; what is
 // checked here only keeps a direct call within bounds.
-#include "cpu/normalization.h"
+#include "cpu/normalization_tangents.h"
 
 #include <torch/csrc/stable/library.h>
 

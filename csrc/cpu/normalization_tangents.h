@@ -1,5 +1,6 @@
 // Layer normalisation, and batch normalisation whose statistics are constants, on the CPU: what the operator for their
-// tangents (normalization.cpp) and the kernels (layer_norm_kernel.h, batch_norm_kernel.h) share.
+// tangents (normalization_tangents.cpp) and the kernels (layer_norm_tangents_kernel.h, batch_norm_tangents_kernel.h)
+// share.
 #pragma once
 
 #include <cstdint>
