@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitfast.models._transformer import fit_loaded, initialize, make_head, stochastic_depth
 from vitfast.models.registry import register
 from vitfast.nn import DropPath, Mlp, PatchEmbed, WindowAttention
+from vitfast.nn._branches import add_attention, add_mlp, affine, is_fusible, merge_patches
 from vitfast.nn._checks import is_integer, non_negative_integer, positive_integer
 from vitfast.nn._windows import as_pair
 from vitfast.nn.window_attention import resize_bias_table
@@ -71,16 +72,22 @@ class SwinBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self._attend(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = self._add_attention(x)
+        return add_mlp(x, self.norm2, self.mlp, self.mlp.plain_layers(x), self.drop_path2)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        size, window = x.shape[1:3], self.attn.window_size
+    def _add_attention(self, x: Tensor) -> Tensor:
+        attention, size, window = self.attn, x.shape[1:3], self.attn.window_size
         missing = [-s % w for s, w in zip(size, window, strict=True)]
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
         shift = tuple(w // 2 if self.shifted and s > w else 0 for s, w in zip(size, window, strict=True))
-        return self.attn(x, shift_size=shift)[:, : size[0], : size[1]]
+        if x.is_cpu and not any(missing) and attention.is_plain():
+            projection, output = affine(attention.qkv), affine(attention.proj)
+            if is_fusible(x, self.norm1, self.drop_path1, projection, output):
+                attend = partial(attention.attend, shift=shift)
+                return add_attention(x, self.norm1, projection, attend, output, self.drop_path1)
+        normal = self.norm1(x)
+        if any(missing):
+            normal = F.pad(normal, (0, 0, 0, missing[1], 0, missing[0]))
+        return x + self.drop_path1(attention(normal, shift_size=shift)[:, : size[0], : size[1]])
 
 
 class PatchMerging(nn.Module):
@@ -95,12 +102,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, 2, W / 2, 2, dim]
-        # The authors' order of the four tokens: down the first column, then down the second.
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        return merge_patches(x, self.norm, self.reduction)
 
 
 class SwinStage(nn.Module):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast.nn._fusion import has_hooks
+from vitfast.nn._fusion import has_hooks, is_plain_linear
 from vitfast.ops import branches
 from vitfast.ops.branches import Depth, Norm
 
 # Exactly these classes are known: layer normalisations over the last dimension, and modules that multiply every sample
 # by a random number and draw the same numbers for any shape of the samples. Adapters of libraries add theirs.
 LAYER_NORMS: set[type[nn.Module]] = {nn.LayerNorm}
-STOCHASTIC_DEPTHS: set[type[nn.Module]] = {nn.Identity}
+STOCHASTIC_DEPTHS: set[type[nn.Module]] = {nn.Identity, type(None)}
 
 Affine = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
@@ -25,9 +26,9 @@ def affine(layer: nn.Linear) -> Affine:
 
 
 def add_mlp(
-    x: Tensor, norm: nn.Module, mlp: nn.Module, layers: tuple[nn.Linear, nn.Linear] | None, drop_path: nn.Module
+    x: Tensor, norm: nn.Module, mlp: nn.Module, layers: tuple[nn.Linear, nn.Linear] | None, drop_path: nn.Module | None
 ) -> Tensor:
-    """x + drop_path(mlp(norm(x))).
+    """x + drop_path(mlp(norm(x))); without ``drop_path``, x + mlp(norm(x)).
 
     Args:
         x: (B, ..., C).
@@ -37,7 +38,8 @@ def add_mlp(
         layer1, layer2 = map(affine, layers)
         if is_fusible(x, norm, drop_path, layer1, layer2):
             return branches.residual_mlp(x, _norm(norm), (*layer1, *layer2), _draw(drop_path, x))
-    return x + drop_path(mlp(norm(x)))
+    branch = mlp(norm(x))
+    return x + (branch if drop_path is None else drop_path(branch))
 
 
 def add_attention(
@@ -46,7 +48,7 @@ def add_attention(
     projection: Affine,
     attend: Callable[[Tensor], Tensor],
     output: Affine,
-    drop_path: nn.Module,
+    drop_path: nn.Module | None,
 ) -> Tensor:
     """x + drop_path(output(attend(projection(norm(x))))) of what `is_fusible`.
 
@@ -59,14 +61,23 @@ def add_attention(
     return branches.add_linear(x, attend(projected), *output, depth)
 
 
-def project_normalized(x: Tensor, norm: nn.Module, layer: nn.Linear) -> Tensor:
-    """layer(norm(x)) for x (B, ..., C)."""
-    if not has_hooks(layer) and is_fusible(x, norm, nn.Identity(), affine(layer)):
-        return branches.norm_linear(x, _norm(norm), *affine(layer), Depth(len(x)))[0]
-    return layer(norm(x))
+def merge_patches(x: Tensor, norm: nn.Module, reduction: nn.Module) -> Tensor:
+    """Swin's patch merging: reduction(norm(y)) with y (B, H / 2, W / 2, 4 C) for x (B, H, W, C).
+
+    y holds the tokens of patches of 2 x 2; odd maps are padded with zeros.
+    """
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, 2, W / 2, 2, C]
+    # The authors' order of the four tokens: down the first column, then down the second.
+    x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+    if x.is_cpu and is_plain_linear(reduction) and is_fusible(x, norm, None, affine(reduction)):
+        return branches.norm_linear(x, _norm(norm), *affine(reduction), Depth(len(x)))[0]
+    return reduction(norm(x))
 
 
-def is_fusible(x: Tensor, norm: nn.Module, drop_path: nn.Module, *layers: Affine) -> bool:
+def is_fusible(x: Tensor, norm: nn.Module, drop_path: nn.Module | None, *layers: Affine) -> bool:
     """Whether the steps around the matrix products of a branch with such linear layers can be fused now."""
     return (
         type(norm) in LAYER_NORMS
@@ -76,7 +87,7 @@ def is_fusible(x: Tensor, norm: nn.Module, drop_path: nn.Module, *layers: Affine
             x, [weight for weight, _ in layers], [norm.weight, norm.bias, *(bias for _, bias in layers)]
         )
         and not has_hooks(norm)
-        and not has_hooks(drop_path)
+        and (drop_path is None or not has_hooks(drop_path))
     )
 
 
@@ -84,8 +95,10 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _draw(drop_path: nn.Module, x: Tensor) -> Depth:
+def _draw(drop_path: nn.Module | None, x: Tensor) -> Depth:
     """What a module for stochastic depth multiplies each sample by, drawn by the module itself."""
+    if drop_path is None:
+        return Depth(len(x))
     ones = x.new_ones(len(x), 1)
     factors = drop_path(ones)
     return Depth(len(x)) if factors is ones else Depth(len(x), tuple(factors.flatten().tolist()))

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitfast.nn._branches import STOCHASTIC_DEPTHS, add_attention, add_mlp, affine, is_fusible
 from vitfast.nn._checks import positive_integer, probability
-from vitfast.nn._fusion import fused_mlp, is_exact_gelu, is_idle, is_plain_linear
+from vitfast.nn._fusion import fused_mlp, is_absent, is_exact_gelu, is_idle, is_plain_linear
 from vitfast.nn._windows import as_pair
 from vitfast.nn.attention import Attention
 
@@ -127,10 +128,17 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        linear = x.is_cpu and is_plain_linear(self.fc1) and is_plain_linear(self.fc2)
-        if linear and is_exact_gelu(self.act) and is_idle(self.drop1):
+        if self._is_fusible(x):
             return self.drop2(fused_mlp(x, self.fc1, self.fc2))
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+    def _is_fusible(self, x: Tensor) -> bool:
+        linear = x.is_cpu and is_plain_linear(self.fc1) and is_plain_linear(self.fc2)
+        return linear and is_exact_gelu(self.act) and is_idle(self.drop1)
+
+    def plain_layers(self, x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
+        """The linear layers, if it is nothing but these and the exact GELU for x now, and on the CPU."""
+        return (self.fc1, self.fc2) if self._is_fusible(x) and is_idle(self.drop2) else None
 
 
 class LayerScale(nn.Module):
@@ -235,5 +243,18 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B, N, dim) -> (B, N, dim); the mask and the flag are those of `vitfast.nn.Attention`."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask, is_causal)))
+        x = self._add_attention(x, attn_mask, is_causal)
+        if is_absent(self.ls2):
+            return add_mlp(x, self.norm2, self.mlp, self.mlp.plain_layers(x), self.drop_path2)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _add_attention(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        attention = self.attn
+        if x.is_cpu and attn_mask is None and not is_causal and is_absent(self.ls1) and attention.is_plain():
+            projection, output = affine(attention.qkv), affine(attention.proj)
+            if is_fusible(x, self.norm1, self.drop_path1, projection, output):
+                return add_attention(x, self.norm1, projection, attention.attend, output, self.drop_path1)
+        return x + self.drop_path1(self.ls1(attention(self.norm1(x), attn_mask, is_causal)))
+
+
+STOCHASTIC_DEPTHS.add(DropPath)

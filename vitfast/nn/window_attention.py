@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
-from vitfast.nn._fusion import apply_linear
+from vitfast.nn._fusion import apply_linear, has_hooks, is_idle, is_plain_linear
 from vitfast.nn._windows import apply_attention_maps, as_pair
 
 
@@ -158,6 +158,21 @@ class WindowAttention(nn.Module):
         """
         shift = self._check_shift(shift_size)
         return self._attention_maps(self._project(x, mask, shift), mask, shift)
+
+    def attend(self, qkv: Tensor, shift: tuple[int, int]) -> Tensor:
+        """From packed projections (B, H, W, 3 dim) to the heads' results (B, H, W, dim), without dropout."""
+        return functional.window_attention_qkvpacked(
+            qkv.unflatten(-1, (3, self.num_heads, -1)),
+            self._bias(),
+            window_size=self.window_size,
+            shift=shift,
+            scale=self.scale,
+        ).flatten(3)
+
+    def is_plain(self) -> bool:
+        """Whether it is nothing but two linear layers with attention between them now, and nobody looks inside."""
+        idle = is_idle(self.attn_drop) and is_idle(self.proj_drop)
+        return idle and is_plain_linear(self.qkv) and is_plain_linear(self.proj) and not has_hooks(self)
 
     def _check_shift(self, shift_size: int | tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the shift."""

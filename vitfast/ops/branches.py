@@ -1,15 +1,15 @@
 """Residual branches of transformers on the CPU: x + s f(norm(x)), with an MLP as f, or attention between linear layers.
 
-Layer normalisation, stochastic depth and the residual addition compute little, and as operations of their own each reads
-and writes the whole map, often in pages that the system hands out anew. Here some rows of a map at a time go through
-them and the matrix products beside them (`csrc/cpu/branches.cpp`), while they are in the caches; the backward normalises
-once more instead of keeping what it was.
+Layer normalisation, stochastic depth and the residual addition compute little, and as operations of their own each
+reads and writes the whole map, often in pages that the system hands out anew. Here some rows of a map at a time go
+through them and the matrix products beside them (`csrc/cpu/branches.cpp`), while they are in the caches; the backward
+normalises once more instead of keeping what it was.
 
 Stochastic depth multiplies whole samples by zero. Those are left out: neither results nor gradients depend on them.
 (A branch that is not finite would make them NaN; here they are x.)
 
-All functions are for plain calls of what `serves`; double backward and gradients in a batch go by the definitions, which
-PyTorch differentiates.
+All functions are for plain calls of what `serves`; double backward and gradients in a batch go by the definitions,
+which PyTorch differentiates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Norm(NamedTuple):
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor | None]) -> bool:
-    """Whether the functions below take a map x (B, ..., C), the weights of linear layers and vectors of parameters now."""
+    """Whether the functions below take a map x (B, ..., C), weights of linear layers and vectors of parameters now."""
     return (
         x.dim() >= 2
         and x.numel() > 0

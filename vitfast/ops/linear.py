@@ -40,6 +40,7 @@ def is_plain_call(x: Tensor) -> bool:
     return (
         type(x) in _PLAIN
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not is_transformed()
         and not is_autocast(x.device)
         and is_chosen("cpu", x.device)

@@ -28,7 +28,7 @@ from vitfast.nn._branches import (
     add_mlp,
     affine,
     is_fusible,
-    project_normalized,
+    merge_patches,
 )
 from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_absent, is_idle, is_plain_linear
 
@@ -121,9 +121,7 @@ class FusedPatchMerging(PatchMerging):
     """timm's patch merging with its normalisation beside the matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return project_normalized(x, self.norm, self.reduction)
+        return merge_patches(x, self.norm, self.reduction)
 
 
 class FusedMlp(Mlp):

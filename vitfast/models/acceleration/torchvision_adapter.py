@@ -1,16 +1,21 @@
-"""torchvision: the attention of Swin, the encoder blocks of VisionTransformer, and the MLPs of both."""
+"""torchvision: the blocks of Swin and of VisionTransformer, their attention and MLPs, and Swin's patch merging."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import ShiftedWindowAttention
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    SwinTransformerBlock,
+)
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
-from torchvision.ops import MLP
+from torchvision.ops import MLP, StochasticDepth
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
+from vitfast.nn._branches import STOCHASTIC_DEPTHS, add_attention, add_mlp, affine, is_fusible, merge_patches
 from vitfast.nn._fusion import fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 from vitfast.ops.linear import linear
 
@@ -25,16 +30,50 @@ class FusedShiftedWindowAttention(ShiftedWindowAttention):
         rows, columns = self.window_size
         # As torchvision does it: padded with zeros, which then are keys as well.
         x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        shift = tuple(
-            0 if window >= size else shift
-            for shift, window, size in zip(self.shift_size, self.window_size, x.shape[1:3], strict=True)
-        )
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.num_heads, -1))
-        bias = self.get_relative_position_bias().squeeze(0)
-        output = functional.window_attention_qkvpacked(qkv, bias, window_size=(rows, columns), shift=shift)
-        output = linear(output.flatten(3), self.proj.weight, self.proj.bias)
+        output = self.attend(linear(x, self.qkv.weight, self.qkv.bias))
+        output = linear(output, self.proj.weight, self.proj.bias)
         output = F.dropout(output, p=self.dropout, training=self.training)
         return output[:, :height, :width].contiguous()
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """From packed projections of whole windows, (B, H, W, 3 C), to the heads' results (B, H, W, C)."""
+        shift = tuple(
+            0 if window >= size else shift
+            for shift, window, size in zip(self.shift_size, self.window_size, qkv.shape[1:3], strict=True)
+        )
+        return functional.window_attention_qkvpacked(
+            qkv.unflatten(-1, (3, self.num_heads, -1)),
+            self.get_relative_position_bias().squeeze(0),
+            window_size=tuple(self.window_size),
+            shift=shift,
+        ).flatten(3)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether it is nothing but two linear layers with attention in windows between them now."""
+        drops = self.training and (self.attention_dropout > 0 or self.dropout > 0)
+        padded = any(size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
+        return x.is_cpu and not drops and not padded and not has_hooks(self)
+
+
+class FusedSwinTransformerBlock(SwinTransformerBlock):
+    """torchvision's Swin block with its normalisations, stochastic depth and additions beside the matrix products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, depth = self.attn, self.stochastic_depth
+        if type(attention) is FusedShiftedWindowAttention and attention.is_plain(x):
+            projection, output = affine(attention.qkv), affine(attention.proj)
+            if is_fusible(x, self.norm1, depth, projection, output):
+                x = add_attention(x, self.norm1, projection, attention.attend, output, depth)
+                return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), depth)
+        x = x + depth(attention(self.norm1(x)))
+        return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), depth)
+
+
+class FusedPatchMerging(PatchMerging):
+    """torchvision's patch merging with its normalisation beside the matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return merge_patches(x, self.norm, self.reduction) if x.dim() == 4 else super().forward(x)
 
 
 class FusedEncoderBlock(EncoderBlock):
@@ -45,11 +84,19 @@ class FusedEncoderBlock(EncoderBlock):
         if (attention.training and attention.dropout > 0) or has_hooks(attention):
             return super().forward(input)
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
-        qkv = linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias)
-        output = functional.attention_qkvpacked(qkv.unflatten(-1, (3, attention.num_heads, -1)))
-        output = linear(output.flatten(2), attention.out_proj.weight, attention.out_proj.bias)
-        x = self.dropout(output) + input
-        return x + self.mlp(self.ln_2(x))
+        projection = attention.in_proj_weight, attention.in_proj_bias
+        output = affine(attention.out_proj)
+        if is_idle(self.dropout) and is_fusible(input, self.ln_1, None, projection, output):
+            x = add_attention(input, self.ln_1, projection, self._attend, output, None)
+        else:
+            heads = self._attend(linear(self.ln_1(input), *projection))
+            x = self.dropout(linear(heads, *output)) + input
+        return add_mlp(x, self.ln_2, self.mlp, _plain_layers(self.mlp, x), None)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """From packed projections (B, N, 3 C) to the heads' results (B, N, C)."""
+        heads = self.self_attention.num_heads
+        return functional.attention_qkvpacked(qkv.unflatten(-1, (3, heads, -1))).flatten(2)
 
 
 class FusedMLP(MLP):
@@ -79,6 +126,12 @@ def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
     return dropout(fused_mlp(x, fc1, fc2))
 
 
+def _plain_layers(mlp: nn.Sequential, x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
+    """The linear layers of an MLP that is nothing but these and a GELU now."""
+    plain = type(mlp) in (FusedMLP, FusedMLPBlock) and _is_fusible_mlp(mlp, x) and is_idle(mlp[4])
+    return (mlp[0], mlp[3]) if plain else None
+
+
 def _no_obstacle(_: nn.Module) -> None:
     return None
 
@@ -97,7 +150,10 @@ def _has_other_layers(mlp: nn.Sequential) -> str | None:
     return None if kinds == expected else f"its layers are {', '.join(kinds)} instead of {', '.join(expected)}"
 
 
+STOCHASTIC_DEPTHS.add(StochasticDepth)
 ADAPTATIONS = {
+    SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock, _no_obstacle),
+    PatchMerging: Adaptation(FusedPatchMerging, _no_obstacle),
     ShiftedWindowAttention: Adaptation(FusedShiftedWindowAttention, _no_obstacle),
     EncoderBlock: Adaptation(FusedEncoderBlock, _has_other_attention, parts=("self_attention",)),
     MLP: Adaptation(FusedMLP, _has_other_layers),

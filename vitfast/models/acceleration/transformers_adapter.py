@@ -1,23 +1,39 @@
-"""transformers 5: attention of ViT and DeiT, the layers of Swin, the MLPs of all three.
+"""transformers 5: the layers of ViT, DeiT and Swin, their attention and MLPs, and Swin's patch merging.
 
 And the attention implementation "vitfast", for every model that takes one.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
-from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, SwinMLP
-from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP
+from transformers.models.swin.modeling_swin import (
+    SwinAttention,
+    SwinDropPath,
+    SwinLayer,
+    SwinMLP,
+    SwinPatchMerging,
+)
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
-from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_plain_linear
+from vitfast.nn._branches import (
+    STOCHASTIC_DEPTHS,
+    Affine,
+    add_attention,
+    add_mlp,
+    affine,
+    is_fusible,
+    merge_patches,
+)
+from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 
 
 def attention_forward(
@@ -64,6 +80,15 @@ def _projected(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return tuple(apply_linear(projection, x).unflatten(-1, (-1, attention.head_dim)) for projection in projections)
 
 
+def _packed_projection(attention: nn.Module) -> Affine | None:
+    """The layers for query, key and value as one, or None if they cannot be one now."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if not all(map(is_plain_linear, layers)) or len(biases) not in (0, 3):
+        return None
+    return torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
+
+
 def _is_fusible(attention: nn.Module) -> bool:
     """Whether the weights are neither asked for nor dropped."""
     drops = attention.training and attention.attention_dropout > 0
@@ -95,8 +120,42 @@ class FusedDeiTAttention(DeiTAttention):
         return _self_attention(self, hidden_states)
 
 
+def _self_attention_layer(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """A layer of ViT or DeiT without a mask, or None where its attention cannot be fused with what is around it now."""
+    attention = layer.attention
+    known = type(attention) in (FusedViTAttention, FusedDeiTAttention)
+    plain = x.is_cpu and known and _is_fusible(attention) and is_idle(layer.dropout) and not has_hooks(attention)
+    projection, output = (_packed_projection(attention) if plain else None), affine(attention.o_proj)
+    if projection is None or not is_fusible(x, layer.layernorm_before, None, projection, output):
+        return None
+
+    def attend(qkv: Tensor) -> Tensor:
+        qkv = qkv.unflatten(-1, (3, -1, attention.head_dim))
+        return functional.attention_qkvpacked(qkv, scale=attention.scaling).flatten(2)
+
+    x = add_attention(x, layer.layernorm_before, projection, attend, output, None)
+    return add_mlp(x, layer.layernorm_after, layer.mlp, _plain_layers(layer.mlp, x), None)
+
+
+class FusedViTLayer(ViTLayer):
+    """ViT's layer with its normalisations and additions beside the matrix products."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        output = _self_attention_layer(self, hidden_states) if attention_mask is None else None
+        return super().forward(hidden_states, attention_mask, **kwargs) if output is None else output
+
+
+class FusedDeiTLayer(DeiTLayer):
+    """DeiT's layer with its normalisations and additions beside the matrix products."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        output = _self_attention_layer(self, hidden_states) if attention_mask is None else None
+        return super().forward(hidden_states, attention_mask, **kwargs) if output is None else output
+
+
 class FusedSwinLayer(SwinLayer):
-    """Swin's layer with its windows, shift and region mask inside the fused operator."""
+    """Swin's layer: its windows, shift and region mask inside the fused operator, what is around them beside the matrix
+    products."""
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
@@ -106,21 +165,43 @@ class FusedSwinLayer(SwinLayer):
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
-        height, width = input_dimensions
-        window = self.window_size
-        x = self.layernorm_before(hidden_states).unflatten(1, (height, width))
+        x = self._add_attention(hidden_states.unflatten(1, input_dimensions)).flatten(1, 2)
+        if not is_idle(self.dropout):
+            return self.dropout(self.mlp(self.layernorm_after(x))) + x, None
+        return add_mlp(x, self.layernorm_after, self.mlp, _plain_layers(self.mlp, x), None), None
+
+    def _add_attention(self, x: Tensor) -> Tensor:
+        """The first half of the layer, on a map (B, H, W, C)."""
+        attention, window = self.attention, self.window_size
+        height, width = x.shape[1:3]
+        padding = (0, 0, 0, -width % window, 0, -height % window)
+        plain = x.is_cpu and not any(padding) and is_idle(self.dropout) and is_plain_linear(attention.o_proj)
+        projection, output = (_packed_projection(attention) if plain else None), affine(attention.o_proj)
+        if projection is not None and is_fusible(x, self.layernorm_before, self.drop_path, projection, output):
+
+            def attend(qkv: Tensor) -> Tensor:
+                qkv = qkv.unflatten(-1, (3, -1, attention.head_dim))
+                bias, options = self._attention_arguments()
+                return functional.window_attention_qkvpacked(qkv, bias, **options).flatten(3)
+
+            return add_attention(x, self.layernorm_before, projection, attend, output, self.drop_path)
         # As transformers does it: padded with zeros, which then are keys as well.
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-        output = functional.window_attention(
-            *_projected(attention, x),
-            attention.relative_position_bias().squeeze(0),
-            window_size=window,
-            shift=self.shift_size,
-            scale=attention.scaling,
-        )
-        output = self.dropout(apply_linear(attention.o_proj, output.flatten(3)))[:, :height, :width].flatten(1, 2)
-        hidden_states = hidden_states + self.drop_path(output)
-        return self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states, None
+        projected = _projected(attention, F.pad(self.layernorm_before(x), padding))
+        bias, options = self._attention_arguments()
+        output = functional.window_attention(*projected, bias, **options)
+        output = self.dropout(apply_linear(attention.o_proj, output.flatten(3)))[:, :height, :width]
+        return x + self.drop_path(output)
+
+    def _attention_arguments(self) -> tuple[Tensor, dict]:
+        bias = self.attention.relative_position_bias().squeeze(0)
+        return bias, {"window_size": self.window_size, "shift": self.shift_size, "scale": self.attention.scaling}
+
+
+class FusedSwinPatchMerging(SwinPatchMerging):
+    """Swin's patch merging with its normalisation beside the matrix product."""
+
+    def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+        return merge_patches(input_feature.unflatten(1, input_dimensions), self.norm, self.reduction).flatten(1, 2)
 
 
 class FusedViTMLP(ViTMLP):
@@ -148,6 +229,12 @@ def _is_fusible_mlp(mlp: nn.Module, x: Tensor) -> bool:
     return x.is_cpu and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and _is_gelu(mlp.activation_fn)
 
 
+def _plain_layers(mlp: nn.Module, x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
+    """The linear layers of an MLP that is nothing but these and a GELU now."""
+    plain = type(mlp) in (FusedViTMLP, FusedDeiTMLP, FusedSwinMLP) and _is_fusible_mlp(mlp, x)
+    return (mlp.fc1, mlp.fc2) if plain else None
+
+
 def _is_gelu(activation: nn.Module) -> bool:
     own = type(activation) is GELUActivation and activation.act is F.gelu and not has_hooks(activation)
     return own or is_exact_gelu(activation)
@@ -171,7 +258,11 @@ def _has_other_activation(mlp: nn.Module) -> str | None:
     return None if _is_gelu(mlp.activation_fn) else f"its activation is {kind}, not the exact GELU"
 
 
+STOCHASTIC_DEPTHS.add(SwinDropPath)
 ADAPTATIONS = {
+    ViTLayer: Adaptation(FusedViTLayer, _no_obstacle),
+    DeiTLayer: Adaptation(FusedDeiTLayer, _no_obstacle),
+    SwinPatchMerging: Adaptation(FusedSwinPatchMerging, _no_obstacle),
     ViTAttention: Adaptation(FusedViTAttention, _no_obstacle),
     ViTMLP: Adaptation(FusedViTMLP, _has_other_activation),
     DeiTAttention: Adaptation(FusedDeiTAttention, _no_obstacle),
