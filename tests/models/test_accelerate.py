@@ -70,29 +70,30 @@ def transformers_swin(**options):
     return FirstOutput(transformers.SwinModel(config, add_pooling_layer=False))
 
 
-# name -> (model, how many blocks it has, side lengths of the images); attention and MLP of each block are replaced
+# name -> (model, how many blocks it has, how many modules are replaced, side lengths of the images). Each block has one
+# attention and one MLP; modules are also the blocks around both, and the patch merging of Swin.
 MODELS = {
-    "timm ViT": (timm_vit, 2, (32, 32)),
-    "timm ViT with qk_norm": (lambda: timm_vit(qk_norm=True), 2, (32, 32)),
-    "timm DeiT": (lambda: timm.create_model("deit3_small_patch16_224", img_size=32, depth=2), 2, (32, 32)),
-    "timm PiT": (lambda: timm.create_model("pit_ti_distilled_224").eval(), 12, (224, 224)),
-    "timm Swin": (timm_swin, 4, (32, 32)),
-    "timm Swin, not square": (lambda: timm_swin((32, 48)), 4, (32, 48)),
-    "timm Swin, padded": (lambda: timm_swin((40, 36), strict_img_size=False), 4, (40, 36)),
-    "torchvision Swin": (torchvision_swin, 4, (32, 32)),
-    "torchvision Swin, padded": (torchvision_swin, 4, (40, 36)),
-    "torchvision ViT": (torchvision_vit, 2, (32, 32)),
-    "transformers ViT": (transformers_vit, 2, (32, 32)),
-    "transformers DeiT": (transformers_deit, 2, (32, 32)),
-    "transformers Swin": (transformers_swin, 4, (32, 32)),
-    "transformers Swin, padded": (transformers_swin, 4, (40, 36)),
+    "timm ViT": (timm_vit, 2, 6, (32, 32)),
+    "timm ViT with qk_norm": (lambda: timm_vit(qk_norm=True), 2, 6, (32, 32)),
+    "timm DeiT": (lambda: timm.create_model("deit3_small_patch16_224", img_size=32, depth=2), 2, 6, (32, 32)),
+    "timm PiT": (lambda: timm.create_model("pit_ti_distilled_224").eval(), 12, 36, (224, 224)),
+    "timm Swin": (timm_swin, 4, 9, (32, 32)),
+    "timm Swin, not square": (lambda: timm_swin((32, 48)), 4, 9, (32, 48)),
+    "timm Swin, padded": (lambda: timm_swin((40, 36), strict_img_size=False), 4, 9, (40, 36)),
+    "torchvision Swin": (torchvision_swin, 4, 13, (32, 32)),
+    "torchvision Swin, padded": (torchvision_swin, 4, 13, (40, 36)),
+    "torchvision ViT": (torchvision_vit, 2, 4, (32, 32)),
+    "transformers ViT": (transformers_vit, 2, 6, (32, 32)),
+    "transformers DeiT": (transformers_deit, 2, 6, (32, 32)),
+    "transformers Swin": (transformers_swin, 4, 9, (32, 32)),
+    "transformers Swin, padded": (transformers_swin, 4, 9, (40, 36)),
 }
 
 
 def made(name):
     """A model in evaluation mode, in float64, how many modules are replaced in it, and images."""
-    model, blocks, size = MODELS[name]
-    return model().double().eval(), 2 * blocks, torch.randn(2, 3, *size, dtype=torch.float64)
+    model, _, replaced, size = MODELS[name]
+    return model().double().eval(), replaced, torch.randn(2, 3, *size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,7 +118,7 @@ def test_results_and_gradients_stay(name):
 
 @pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "torchvision Swin", "torchvision ViT", "transformers Swin"])
 def test_the_kernels_are_called(name, monkeypatch):
-    model, replaced, images = made(name)
+    model, _, images = made(name)
     vitfast.accelerate(model)
     calls = []
     for function in ("attention", "attention_qkvpacked", "window_attention", "window_attention_qkvpacked", "mlp"):
@@ -126,7 +127,7 @@ def test_the_kernels_are_called(name, monkeypatch):
             vitfast.functional, function, lambda *a, _f=original, **k: (calls.append(_f), _f(*a, **k))[1]
         )
     model(images)
-    assert len(calls) == replaced
+    assert len(calls) == 2 * MODELS[name][1]
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "torchvision Swin", "torchvision ViT", "transformers ViT"])
@@ -185,7 +186,10 @@ def test_report_says_what_and_why():
     model.blocks[1].attn = Special(24, 3)
     swin = timm.create_model("swinv2_tiny_window8_256", depths=(1, 1, 1, 1))
     report = str(vitfast.accelerate(nn.ModuleDict({"vit": model, "swin": swin}), report=True))
-    assert "7 modules use fused kernels:\n  vit.blocks.0.attn: Attention\n  vit.blocks.0.mlp: Mlp" in report
+    assert (
+        "9 modules use fused kernels:\n  vit.blocks.0: Block\n  vit.blocks.0.attn: Attention\n  vit.blocks.0.mlp: Mlp"
+        in report
+    )
     assert "vit.blocks.1.attn: " in report
     assert "is a subclass of Attention and may compute something else" in report
     assert "swin.layers.0.blocks.0.attn: there is no fused kernel for timm.models.swin_transformer_v2" in report
@@ -196,7 +200,7 @@ def test_a_block_with_another_attention_is_left():
     model.layers[0].blocks[0].attn = nn.Identity()
     report = vitfast.accelerate(model, report=True)
     assert "its attention is a Identity, not timm's WindowAttention" in report.kept["layers.0.blocks.0"]
-    assert len(report.replaced) == 7
+    assert len(report.replaced) == 8
 
 
 @pytest.mark.parametrize(
@@ -462,7 +466,7 @@ def test_an_unknown_version_of_a_library_is_no_matter_to_models_of_others(monkey
         return adapter(library)
 
     monkeypatch.setattr(package, "_adapter", broken)
-    assert len(vitfast.accelerate(torchvision_swin(), report=True).replaced) == 8
+    assert len(vitfast.accelerate(torchvision_swin(), report=True).replaced) == 13
     model = timm_vit()
     report = vitfast.accelerate(model, report=True)
     assert not report.replaced

@@ -72,7 +72,7 @@ def test_forward_and_backward(dtype, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [operator.BLOCK_ROWS - 1, 3 * operator._ROWS - 100, 5 * operator._ROWS + 3])
+@pytest.mark.parametrize("rows", [operator.BLOCK_ROWS - 1, 3 * operator.BLOCK_ROWS - 100, 5 * operator.BLOCK_ROWS + 3])
 def test_rows_go_through_in_blocks(rows, dtype):
     tensors = make((rows,), 8, 20, 8, dtype=dtype)
     assert_as_exact_as_pytorch(tensors, torch.randn(rows, 8).to(dtype))

@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
             )
         x = self.patch_embed(x).flatten(1, 2)
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         return self.norm(self.blocks(self.pos_drop(x + self.pos_embed)))
 
     def forward(self, x: Tensor) -> Tensor:

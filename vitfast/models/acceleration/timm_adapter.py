@@ -87,23 +87,23 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attn
         projection, output = affine(attention.qkv), affine(attention.proj)
-        plain = is_plain_linear(attention.qkv) and is_plain_linear(attention.proj) and is_idle(attention.proj_drop)
+        plain = is_plain_linear(attention.qkv) and is_plain_linear(attention.proj)
         if plain and self._is_served(x) and is_fusible(x, self.norm1, self.drop_path1, projection, output):
             x = add_attention(x, self.norm1, projection, self._attend, output, self.drop_path1)
         else:
             x = x + self.drop_path1(self._attn(self.norm1(x)))
-        return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2)
+        tokens = x.flatten(1, 2)  # what hooks on the MLP see in timm
+        return add_mlp(tokens, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2).view(x.shape)
 
     def _attn(self, x: Tensor) -> Tensor:
         if not self._is_served(x):
             return super()._attn(x)
-        attention = self.attn
-        output = self._attend(apply_linear(attention.qkv, x))
-        return attention.proj_drop(apply_linear(attention.proj, output))
+        return apply_linear(self.attn.proj, self._attend(apply_linear(self.attn.qkv, x)))
 
     def _is_served(self, x: Tensor) -> bool:
         padded = any(size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
-        return not padded and not has_hooks(self.attn) and is_idle(self.attn.attn_drop)
+        idle = is_idle(self.attn.attn_drop) and is_idle(self.attn.proj_drop)  # they draw for windows, not maps
+        return not padded and idle and not has_hooks(self.attn)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """From packed projections (B, H, W, 3 C) to the heads' results (B, H, W, C)."""
@@ -206,7 +206,7 @@ def _is_gelu(activation: nn.Module, whatever_looks: bool = False) -> bool:
 
 
 def _is_fusible_mlp(mlp: Mlp, x: Tensor) -> bool:
-    linear = x.is_cpu and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and isinstance(mlp.norm, nn.Identity)
+    linear = x.is_cpu and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2) and is_absent(mlp.norm)
     return linear and _is_gelu(mlp.act) and is_idle(mlp.drop1)
 
 

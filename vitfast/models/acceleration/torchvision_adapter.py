@@ -24,7 +24,7 @@ class FusedShiftedWindowAttention(ShiftedWindowAttention):
     """torchvision's Swin attention with its windows, shift and region mask inside the fused operator."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.attention_dropout > 0:
+        if self._drops():
             return super().forward(x)
         height, width = x.shape[1:3]
         rows, columns = self.window_size
@@ -32,7 +32,6 @@ class FusedShiftedWindowAttention(ShiftedWindowAttention):
         x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
         output = self.attend(linear(x, self.qkv.weight, self.qkv.bias))
         output = linear(output, self.proj.weight, self.proj.bias)
-        output = F.dropout(output, p=self.dropout, training=self.training)
         return output[:, :height, :width].contiguous()
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -50,9 +49,12 @@ class FusedShiftedWindowAttention(ShiftedWindowAttention):
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether it is nothing but two linear layers with attention in windows between them now."""
-        drops = self.training and (self.attention_dropout > 0 or self.dropout > 0)
         padded = any(size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
-        return x.is_cpu and not drops and not padded and not has_hooks(self)
+        return x.is_cpu and not self._drops() and not padded and not has_hooks(self)
+
+    def _drops(self) -> bool:
+        """Whether dropout draws numbers, for windows and not for maps."""
+        return self.training and (self.attention_dropout > 0 or self.dropout > 0)
 
 
 class FusedSwinTransformerBlock(SwinTransformerBlock):
@@ -81,16 +83,17 @@ class FusedEncoderBlock(EncoderBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         attention = self.self_attention
-        if (attention.training and attention.dropout > 0) or has_hooks(attention):
+        # Its dropout draws in another order of memory.
+        if (attention.training and attention.dropout > 0) or not is_idle(self.dropout) or has_hooks(attention):
             return super().forward(input)
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         projection = attention.in_proj_weight, attention.in_proj_bias
         output = affine(attention.out_proj)
-        if is_idle(self.dropout) and is_fusible(input, self.ln_1, None, projection, output):
+        if is_fusible(input, self.ln_1, None, projection, output):
             x = add_attention(input, self.ln_1, projection, self._attend, output, None)
         else:
             heads = self._attend(linear(self.ln_1(input), *projection))
-            x = self.dropout(linear(heads, *output)) + input
+            x = linear(heads, *output) + input
         return add_mlp(x, self.ln_2, self.mlp, _plain_layers(self.mlp, x), None)
 
     def _attend(self, qkv: Tensor) -> Tensor:

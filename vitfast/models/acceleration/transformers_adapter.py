@@ -161,13 +161,13 @@ class FusedSwinLayer(SwinLayer):
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
     ):
         attention = self.attention
-        if not _is_fusible(attention) or has_hooks(attention) or min(input_dimensions) < self.window_size:
+        # Dropout draws and hooks see windows there, not maps.
+        plain = _is_fusible(attention) and not has_hooks(attention) and is_idle(self.dropout)
+        if not plain or min(input_dimensions) < self.window_size:
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
         x = self._add_attention(hidden_states.unflatten(1, input_dimensions)).flatten(1, 2)
-        if not is_idle(self.dropout):
-            return self.dropout(self.mlp(self.layernorm_after(x))) + x, None
         return add_mlp(x, self.layernorm_after, self.mlp, _plain_layers(self.mlp, x), None), None
 
     def _add_attention(self, x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class FusedSwinLayer(SwinLayer):
         attention, window = self.attention, self.window_size
         height, width = x.shape[1:3]
         padding = (0, 0, 0, -width % window, 0, -height % window)
-        plain = x.is_cpu and not any(padding) and is_idle(self.dropout) and is_plain_linear(attention.o_proj)
+        plain = x.is_cpu and not any(padding) and is_plain_linear(attention.o_proj)
         projection, output = (_packed_projection(attention) if plain else None), affine(attention.o_proj)
         if projection is not None and is_fusible(x, self.layernorm_before, self.drop_path, projection, output):
 
@@ -186,11 +186,12 @@ class FusedSwinLayer(SwinLayer):
 
             return add_attention(x, self.layernorm_before, projection, attend, output, self.drop_path)
         # As transformers does it: padded with zeros, which then are keys as well.
-        projected = _projected(attention, F.pad(self.layernorm_before(x), padding))
+        normal = self.layernorm_before(x.flatten(1, 2)).view(x.shape)
+        projected = _projected(attention, F.pad(normal, padding))
         bias, options = self._attention_arguments()
         output = functional.window_attention(*projected, bias, **options)
-        output = self.dropout(apply_linear(attention.o_proj, output.flatten(3)))[:, :height, :width]
-        return x + self.drop_path(output)
+        output = apply_linear(attention.o_proj, output.flatten(3))[:, :height, :width]
+        return x + self.drop_path(output.flatten(1, 2)).view(x.shape)
 
     def _attention_arguments(self) -> tuple[Tensor, dict]:
         bias = self.attention.relative_position_bias().squeeze(0)
