@@ -202,6 +202,8 @@ class FusedSwinPatchMerging(SwinPatchMerging):
     """Swin's patch merging with its normalisation beside the matrix product."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+        if has_hooks(self.norm) or has_hooks(self.reduction):  # which see sequences, not maps
+            return super().forward(input_feature, input_dimensions)
         return merge_patches(input_feature.unflatten(1, input_dimensions), self.norm, self.reduction).flatten(1, 2)
 
 
