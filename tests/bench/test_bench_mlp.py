@@ -10,12 +10,15 @@ from vitfast.bench.runner import error_limit, relative_error
 
 CPU = torch.device("cpu")
 LAYER = Layer(rows=50, channels=12, hidden=40)
+BRANCH = Layer(rows=50, channels=16, hidden=48, residual=True)  # which the kernels take in float32
+each_layer = pytest.mark.parametrize("layer", [LAYER, BRANCH], ids=["mlp", "residual branch"])
 each_phase = pytest.mark.parametrize("phase", [FORWARD, FORWARD_BACKWARD])
 
 
+@each_layer
 @each_phase
-def test_all_implementations_agree_with_the_definition(phase):
-    workload = make_workload(LAYER, phase, CPU, torch.float64)
+def test_all_implementations_agree_with_the_definition(phase, layer):
+    workload = make_workload(layer, phase, CPU, torch.float64)
     expected = workload.expected()
     for variant in workload.variants:
         if variant.compiled:
@@ -26,19 +29,21 @@ def test_all_implementations_agree_with_the_definition(phase):
         assert not any(r.requires_grad for r in results), variant.name
 
 
+@each_layer
 @each_phase
-def test_vitfast_is_as_exact_as_plain_pytorch(phase):
-    workload = make_workload(LAYER, phase, CPU, torch.float32)
+def test_vitfast_is_as_exact_as_plain_pytorch(phase, layer):
+    workload = make_workload(layer, phase, CPU, torch.float32)
     expected = workload.expected()
     errors = {v.name: relative_error(v.run(), expected) for v in workload.variants if not v.compiled}
     assert errors[OURS] <= error_limit(errors[workload.plain], torch.float32)
 
 
 @pytest.mark.slow
+@each_layer
 @each_phase
-def test_the_compiled_peer_agrees_with_the_definition(phase):
+def test_the_compiled_peer_agrees_with_the_definition(phase, layer):
     torch.compiler.reset()
-    workload = make_workload(LAYER, phase, CPU, torch.float64)
+    workload = make_workload(layer, phase, CPU, torch.float64)
     (compiled,) = (variant for variant in workload.variants if variant.compiled)
     limit = LAYER.rows * torch.finfo(torch.float64).eps
     assert relative_error(compiled.run(), workload.expected()) <= limit
@@ -58,3 +63,4 @@ def test_cases_are_the_shapes_of_the_models():
     names = [case.name for case in cases("mlp/")]
     assert len(names) == 12
     assert "mlp/swin_t_mlp_stage1/forward" in names
+    assert len(cases("residual_mlp/")) == 12

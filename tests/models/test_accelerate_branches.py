@@ -248,6 +248,7 @@ def test_compiled_models_stay(name):
     assert_alike(step(model, images), before)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "vitfast ViT", "vitfast Swin"])
 def test_traced_models_take_other_batches(name):
     model, images = make(name)

@@ -76,5 +76,5 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
     if norm.affine:
         scale = scale * norm.weight.to(wide)
-    shift = -norm.running_mean.to(wide) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(wide)
+    mean = norm.running_mean.to(wide)
+    return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias.to(wide), mean, scale, value=-1)

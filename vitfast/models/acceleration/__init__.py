@@ -82,7 +82,9 @@ def accelerate(model: nn.Module, report: bool = False) -> nn.Module | Report:
       of ``VisionTransformer``;
     - transformers: the attention of ViT and DeiT, and the layers of Swin, as long as their configuration asks for
       ``attn_implementation="sdpa"``, the default; ``"eager"`` is how one asks for attention maps;
-    - of all three, the MLPs with the exact GELU: `vitfast.functional.mlp`, which is faster on the CPU;
+    - of all three, on the CPU, the MLPs with the exact GELU (`vitfast.functional.mlp`), and in float32 the blocks round
+      attention and MLP: layer normalisation, stochastic depth, residual additions and Swin's patch merging beside the
+      matrix products. Samples that stochastic depth drops are not computed;
     - timm and kornia: blur pooling; and in evaluation mode, as one pass over the map, a batch normalisation, a ReLU and
       a blur that follow each other in a block of timm's ``ResNet`` or in an ``nn.Sequential``.
 

@@ -71,7 +71,8 @@ class FusedBlock(Block):
         if not (is_absent(self.ls1) and is_absent(self.ls2)):
             return super().forward(x, attn_mask, is_causal)
         attention = self.attn
-        if attn_mask is None and not is_causal and type(attention) is FusedAttention and attention.is_plain():
+        plain = x.is_cpu and attn_mask is None and not is_causal and type(attention) is FusedAttention
+        if plain and attention.is_plain():
             projection, output = affine(attention.qkv), affine(attention.proj)
             if is_fusible(x, self.norm1, self.drop_path1, projection, output):
                 x = add_attention(x, self.norm1, projection, attention.attend, output, self.drop_path1)
@@ -87,7 +88,7 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attn
         projection, output = affine(attention.qkv), affine(attention.proj)
-        plain = is_plain_linear(attention.qkv) and is_plain_linear(attention.proj)
+        plain = x.is_cpu and is_plain_linear(attention.qkv) and is_plain_linear(attention.proj)
         if plain and self._is_served(x) and is_fusible(x, self.norm1, self.drop_path1, projection, output):
             x = add_attention(x, self.norm1, projection, self._attend, output, self.drop_path1)
         else:
