@@ -5,11 +5,12 @@
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY(vitfast, m) {
-  // Residual branches: of some rows of the map x, or of all without an index. Maps are written in these rows.
+  // Residual branches: of some rows of the map x, each once, or of all without an index. Maps are written in these
+  // rows.
   //   add_linear:    out = x + scale (y weight^T + bias)
-  //   norm_linear:   out = norm(x) weight^T + bias; the backward adds the gradient of x to start
+  //   norm_linear:   out = norm(x) weight^T + bias; the backward adds the gradient of x to start, if any
   //   residual_mlp:  out = x + scale mlp(norm(x)); hidden are the values before the activation
-  // Gradients of parameters are added to what is there, or written. norm_grad (2, channels) is of weight and bias.
+  // Gradients of parameters are written, or added to what is there.
   m.def(
       "add_linear(Tensor x, Tensor y, Tensor? index, Tensor? scale, Tensor weight, Tensor? bias, Tensor(a!) out) -> "
       "()");
@@ -20,17 +21,17 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
       "norm_linear(Tensor x, Tensor? index, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? "
       "bias, Tensor(a!) out) -> ()");
   m.def(
-      "norm_linear_backward(Tensor grad, Tensor start, Tensor x, Tensor? index, Tensor? norm_weight, Tensor? "
-      "norm_bias, float eps, Tensor weight, bool add, Tensor(a!) x_grad, Tensor(b!) norm_grad, Tensor(c!)? "
-      "weight_grad, Tensor(d!)? bias_grad) -> ()");
+      "norm_linear_backward(Tensor grad, Tensor? start, Tensor x, Tensor? index, Tensor? norm_weight, Tensor? "
+      "norm_bias, float eps, Tensor weight, bool add, Tensor(a!) x_grad, Tensor(b!)? norm_weight_grad, Tensor(c!)? "
+      "norm_bias_grad, Tensor(d!)? weight_grad, Tensor(e!)? bias_grad) -> ()");
   m.def(
       "residual_mlp(Tensor x, Tensor? index, Tensor? scale, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor "
       "weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor(a!) out, Tensor(b!)? hidden) -> ()");
   m.def(
       "residual_mlp_backward(Tensor grad, Tensor x, Tensor? index, Tensor? scale, Tensor? norm_weight, Tensor? "
-      "norm_bias, float eps, Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor(a!) x_grad, Tensor(b!) "
-      "norm_grad, Tensor(c!)? weight1_grad, Tensor(d!)? bias1_grad, Tensor(e!)? weight2_grad, Tensor(f!)? bias2_grad) "
-      "-> ()");
+      "norm_bias, float eps, Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor(a!) x_grad, Tensor(b!)? "
+      "norm_weight_grad, Tensor(c!)? norm_bias_grad, Tensor(d!)? weight1_grad, Tensor(e!)? bias1_grad, Tensor(f!)? "
+      "weight2_grad, Tensor(g!)? bias2_grad) -> ()");
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, bool return_lse) -> "
       "(Tensor output, Tensor lse)");

@@ -69,10 +69,11 @@ void norm_linear_cpu(Tensor x, std::optional<Tensor> index, std::optional<Tensor
                      std::optional<Tensor> norm_bias, double eps, Tensor weight, std::optional<Tensor> bias,
                      Tensor out);
 
-void norm_linear_backward_cpu(Tensor grad, Tensor start, Tensor x, std::optional<Tensor> index,
+void norm_linear_backward_cpu(Tensor grad, std::optional<Tensor> start, Tensor x, std::optional<Tensor> index,
                               std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
-                              Tensor weight, bool add, Tensor x_grad, Tensor norm_grad,
-                              std::optional<Tensor> weight_grad, std::optional<Tensor> bias_grad);
+                              Tensor weight, bool add, Tensor x_grad, std::optional<Tensor> norm_weight_grad,
+                              std::optional<Tensor> norm_bias_grad, std::optional<Tensor> weight_grad,
+                              std::optional<Tensor> bias_grad);
 
 void normalization_tangents_cpu(Tensor x, Tensor mean, Tensor inverse, bool per_channel, std::optional<Tensor> weight,
                                 std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> weight_t,
@@ -87,7 +88,8 @@ void residual_mlp_cpu(Tensor x, std::optional<Tensor> index, std::optional<Tenso
 
 void residual_mlp_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> index, std::optional<Tensor> scale,
                                std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
-                               Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor x_grad, Tensor norm_grad,
+                               Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor x_grad,
+                               std::optional<Tensor> norm_weight_grad, std::optional<Tensor> norm_bias_grad,
                                std::optional<Tensor> weight1_grad, std::optional<Tensor> bias1_grad,
                                std::optional<Tensor> weight2_grad, std::optional<Tensor> bias2_grad);
 

@@ -45,13 +45,14 @@ float* vector(const std::optional<Tensor>& tensor, int64_t size) {
 struct Block {
   Block(const Tensor& map, const std::optional<Tensor>& index, const std::optional<Tensor>& scale)
       : map_rows(map.dim() == 2 ? map.size(0) : 0), channels(map.dim() == 2 ? map.size(1) : 0), rows(map_rows) {
+    check(map_rows > 0 && channels > 0, "a map must be a matrix with elements");
     if (index.has_value()) {
       check(index->scalar_type() == ScalarType::Long && index->is_contiguous(), "index must be contiguous in int64");
       chosen.index = static_cast<const int64_t*>(index->data_ptr()), rows = index->numel();
       check(std::all_of(chosen.index, chosen.index + rows, [&](int64_t row) { return 0 <= row && row < map_rows; }),
             "index must be of rows of the map");
     }
-    check(rows > 0 && channels > 0, "there must be rows and channels");
+    check(rows > 0, "a block must have rows");
     chosen.scale = vector(scale, rows);
   }
 
@@ -79,21 +80,6 @@ const cpu::LayerNormKernels& layer_norm_kernels() {
                           cpu::baseline::layer_norm_kernels);
 }
 
-const cpu::GeluKernels& gelu_kernels() {
-  return cpu::kernels_for(cpu::avx512::gelu_kernels, cpu::avx2::gelu_kernels, cpu::baseline::gelu_kernels);
-}
-
-void run(const cpu::MatrixSum& call) {
-  cpu::kernels_for(cpu::avx512::matrix_sum_kernels, cpu::avx2::matrix_sum_kernels, cpu::baseline::matrix_sum_kernels)
-      .run(call);
-}
-
-void run(const cpu::WeightGradient& call) {
-  cpu::kernels_for(cpu::avx512::weight_gradient_kernels, cpu::avx2::weight_gradient_kernels,
-                   cpu::baseline::weight_gradient_kernels)
-      .run(call);
-}
-
 // x W^T + b, to be completed.
 cpu::MatrixSum apply(const Linear& layer, int64_t rows, const float* x, float* out) {
   cpu::MatrixSum call{};
@@ -119,14 +105,14 @@ cpu::MatrixSum apply_transposed(const Linear& layer, int64_t rows, const float* 
 void add_to_map(const Linear& layer, const Block& block, const float* x, const float* plus, float* out) {
   cpu::MatrixSum call = apply(layer, block.rows, x, out);
   call.out_rows = block.chosen, call.plus = plus;
-  run(call);
+  cpu::run(call);
 }
 
 // s G W of gradients G in the rows of a block.
 void take_from_map(const Linear& layer, const Block& block, const float* grad, float* out) {
   cpu::MatrixSum call = apply_transposed(layer, block.rows, grad, out);
   call.a_rows = block.unscaled(), call.out_rows.scale = block.chosen.scale;
-  run(call);
+  cpu::run(call);
 }
 
 // What the parameters of a linear layer get: written or, with `add`, added. A weight that is null gets nothing, nor
@@ -141,8 +127,8 @@ struct LinearGradients {
 
   void operator()(const Linear& layer, int64_t rows, const float* grad, cpu::RowTable grad_rows, const float* x) const {
     if (weight == nullptr) return;
-    run(cpu::WeightGradient{rows, layer.outputs, layer.inputs, grad, x, layer.outputs, layer.inputs, weight, bias, add,
-                            grad_rows});
+    cpu::run(cpu::WeightGradient{rows, layer.outputs, layer.inputs, grad, x, layer.outputs, layer.inputs, weight, bias,
+                                 add, grad_rows});
   }
 
   float *weight, *bias;
@@ -169,18 +155,24 @@ class Normalization {
     layer_norm_kernels().forward(call_, result_);
     return result_;
   }
-  // Writes the gradient of x, and adds those of weight and bias to `sums` (2, channels), or writes them.
-  void backward(const float* grad, const float* start, float* x_grad, float* sums, bool add) const {
-    // Runs of rows: enough for every thread, and few beside the rows, as each has sums of its own.
+  // Writes the gradient of x, and those of weight and bias, or adds to them; null where they are not wanted.
+  void backward(const float* grad, const float* start, float* x_grad, float* weight_grad, float* bias_grad,
+                bool add) const {
+    // Runs of rows, each with sums of its own: so many at most that these are few beside the rows.
     const int64_t splits = std::clamp<int64_t>(call_.rows / 32, 1, 16), size = 2 * call_.channels;
     const cpu::Scratch scratch(splits * size * static_cast<int64_t>(sizeof(float)));
     float* partial = reinterpret_cast<float*>(scratch.data());
     layer_norm_kernels().backward(call_, grad, start, x_grad, partial, splits);
-    for (int64_t i = 0; i < size; ++i) {
-      float sum = add ? sums[i] : 0.0f;
-      for (int64_t split = 0; split < splits; ++split) sum += partial[split * size + i];
-      sums[i] = sum;
-    }
+    const auto add_up = [&](const float* first, float* sums) {
+      if (sums == nullptr) return;
+      for (int64_t c = 0; c < call_.channels; ++c) {
+        float sum = add ? sums[c] : 0.0f;
+        for (int64_t split = 0; split < splits; ++split) sum += first[split * size + c];
+        sums[c] = sum;
+      }
+    };
+    add_up(partial, weight_grad);
+    add_up(partial + call_.channels, bias_grad);
   }
 
  private:
@@ -208,26 +200,29 @@ void norm_linear_cpu(Tensor x, std::optional<Tensor> index, std::optional<Tensor
   float* result = matrix(out, block.rows, layer.outputs);
   with_arena([&](cpu::Arena& arena) {
     const Normalization norm(x, block, norm_weight, norm_bias, eps, arena);
-    if (arena.holds_memory()) run(apply(layer, block.rows, norm.forward(), result));
+    if (arena.holds_memory()) cpu::run(apply(layer, block.rows, norm.forward(), result));
   });
 }
 
-void norm_linear_backward_cpu(Tensor grad, Tensor start, Tensor x, std::optional<Tensor> index,
+void norm_linear_backward_cpu(Tensor grad, std::optional<Tensor> start, Tensor x, std::optional<Tensor> index,
                               std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
-                              Tensor weight, bool add, Tensor x_grad, Tensor norm_grad,
-                              std::optional<Tensor> weight_grad, std::optional<Tensor> bias_grad) {
+                              Tensor weight, bool add, Tensor x_grad, std::optional<Tensor> norm_weight_grad,
+                              std::optional<Tensor> norm_bias_grad, std::optional<Tensor> weight_grad,
+                              std::optional<Tensor> bias_grad) {
   const Block block(x, index, std::nullopt);
   const Linear layer(weight, std::nullopt, block.channels);
   const LinearGradients accumulate(layer, weight_grad, bias_grad, add);
-  const float *rows = matrix(grad, block.rows, layer.outputs), *residual = block.map(start);
-  float *result = block.map(x_grad), *norm_sums = vector(norm_grad, 2 * block.channels);
+  const float *rows = matrix(grad, block.rows, layer.outputs),
+              *residual = start.has_value() ? block.map(*start) : nullptr;
+  float *result = block.map(x_grad), *norm_weight_sum = vector(norm_weight_grad, block.channels);
+  float* norm_bias_sum = vector(norm_bias_grad, block.channels);
   with_arena([&](cpu::Arena& arena) {
     const Normalization norm(x, block, norm_weight, norm_bias, eps, arena);
     float* normal_grad = arena.take<float>(block.rows * block.channels);
     if (!arena.holds_memory()) return;
     accumulate(layer, block.rows, rows, {}, norm.forward());
-    run(apply_transposed(layer, block.rows, rows, normal_grad));
-    norm.backward(normal_grad, residual, result, norm_sums, add);
+    cpu::run(apply_transposed(layer, block.rows, rows, normal_grad));
+    norm.backward(normal_grad, residual, result, norm_weight_sum, norm_bias_sum, add);
   });
 }
 
@@ -265,15 +260,16 @@ void residual_mlp_cpu(Tensor x, std::optional<Tensor> index, std::optional<Tenso
     float* activated = arena.take<float>(size);
     if (!arena.holds_memory()) return;
     float* before = kept == nullptr ? activated : kept;
-    run(apply(layer1, block.rows, norm.forward(), before));
-    gelu_kernels().forward({cpu::Storage::kFloat32, size, before, activated});
+    cpu::run(apply(layer1, block.rows, norm.forward(), before));
+    cpu::gelu_kernels().forward({cpu::Storage::kFloat32, size, before, activated});
     add_to_map(layer2, block, activated, block.map(x), result);
   });
 }
 
 void residual_mlp_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> index, std::optional<Tensor> scale,
                                std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
-                               Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor x_grad, Tensor norm_grad,
+                               Tensor weight1, Tensor weight2, Tensor hidden, bool add, Tensor x_grad,
+                               std::optional<Tensor> norm_weight_grad, std::optional<Tensor> norm_bias_grad,
                                std::optional<Tensor> weight1_grad, std::optional<Tensor> bias1_grad,
                                std::optional<Tensor> weight2_grad, std::optional<Tensor> bias2_grad) {
   const Block block(x, index, scale);
@@ -282,7 +278,8 @@ void residual_mlp_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> inde
   const LinearGradients accumulate1(layer1, weight1_grad, bias1_grad, add);
   const LinearGradients accumulate2(layer2, weight2_grad, bias2_grad, add);
   const float *grads = block.map(grad), *before = matrix(hidden, block.rows, layer1.outputs);
-  float *result = block.map(x_grad), *norm_sums = vector(norm_grad, 2 * block.channels);
+  float *result = block.map(x_grad), *norm_weight_sum = vector(norm_weight_grad, block.channels);
+  float* norm_bias_sum = vector(norm_bias_grad, block.channels);
   const int64_t size = block.rows * layer1.outputs;
   with_arena([&](cpu::Arena& arena) {
     const Normalization norm(x, block, norm_weight, norm_bias, eps, arena);
@@ -290,11 +287,11 @@ void residual_mlp_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> inde
     float* normal_grad = arena.take<float>(block.rows * block.channels);
     if (!arena.holds_memory()) return;
     take_from_map(layer2, block, grads, hidden_grad);
-    gelu_kernels().backward({cpu::Storage::kFloat32, size, before, activated, hidden_grad});
+    cpu::gelu_kernels().backward({cpu::Storage::kFloat32, size, before, activated, hidden_grad});
     accumulate2(layer2, block.rows, grads, block.chosen, activated);
     accumulate1(layer1, block.rows, hidden_grad, {}, norm.forward());
-    run(apply_transposed(layer1, block.rows, hidden_grad, normal_grad));
-    norm.backward(normal_grad, grads, result, norm_sums, add);
+    cpu::run(apply_transposed(layer1, block.rows, hidden_grad, normal_grad));
+    norm.backward(normal_grad, grads, result, norm_weight_sum, norm_bias_sum, add);
   });
 }
 

@@ -10,13 +10,14 @@
 #include "operators.h"
 
 namespace vitfast {
+
+const cpu::GeluKernels& cpu::gelu_kernels() {
+  return kernels_for(avx512::gelu_kernels, avx2::gelu_kernels, baseline::gelu_kernels);
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;
-
-const cpu::GeluKernels& kernels() {
-  return cpu::kernels_for(cpu::avx512::gelu_kernels, cpu::avx2::gelu_kernels, cpu::baseline::gelu_kernels);
-}
 
 void check_alike(const Tensor& x, const Tensor& other) {
   STD_TORCH_CHECK(x.is_contiguous() && other.is_contiguous() && x.scalar_type() == other.scalar_type() &&
@@ -28,13 +29,14 @@ void check_alike(const Tensor& x, const Tensor& other) {
 
 void gelu_cpu(Tensor x, Tensor out) {
   check_alike(x, out);
-  kernels().forward({cpu::storage_of(x.scalar_type()), x.numel(), x.data_ptr(), out.data_ptr()});
+  cpu::gelu_kernels().forward({cpu::storage_of(x.scalar_type()), x.numel(), x.data_ptr(), out.data_ptr()});
 }
 
 void gelu_backward_cpu(Tensor x, Tensor out, Tensor grad) {
   check_alike(x, out);
   check_alike(x, grad);
-  kernels().backward({cpu::storage_of(x.scalar_type()), x.numel(), x.data_ptr(), out.data_ptr(), grad.data_ptr()});
+  cpu::gelu_kernels().backward(
+      {cpu::storage_of(x.scalar_type()), x.numel(), x.data_ptr(), out.data_ptr(), grad.data_ptr()});
 }
 
 void gelu_tangents_cpu(Tensor x, std::optional<Tensor> grad, std::optional<Tensor> x_t, std::optional<Tensor> grad_t,
@@ -56,7 +58,7 @@ void gelu_tangents_cpu(Tensor x, std::optional<Tensor> grad, std::optional<Tenso
   call.x = data(x, size), call.grad = data(grad, size);
   call.x_t = data(x_t, count * size), call.grad_t = data(grad_t, count * size);
   (grad.has_value() ? call.x_grad_t : call.out_t) = data(result, count * size);
-  kernels().tangents(call);
+  cpu::gelu_kernels().tangents(call);
 }
 
 }  // namespace vitfast

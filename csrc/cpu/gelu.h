@@ -38,6 +38,9 @@ struct GeluKernels {
   void (*tangents)(const GeluTangents&);
 };
 
+// Those in use.
+const GeluKernels& gelu_kernels();
+
 namespace baseline {
 extern const GeluKernels gelu_kernels;
 }

@@ -9,6 +9,7 @@
 
 #include "cpu/layer_norm.h"
 #include "cpu/matrix.h"
+#include "cpu/parallel.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
@@ -66,8 +67,9 @@ class LayerNormRows {
     for_each([&](int64_t c) {
       const Vec<float> w = weight(c);
       for (int r = 0; r < R; ++r) {
-        const Vec<float> residual = grad_at(r, c) * w - m[r] - normal(r, c) * correlation[r];
-        store(row_of(x_grad, r) + c, residual * call_.inverse[first_ + r] + load(row_of(start, r) + c));
+        Vec<float> x = (grad_at(r, c) * w - m[r] - normal(r, c) * correlation[r]) * call_.inverse[first_ + r];
+        if (start != nullptr) x += load(row_of(start, r) + c);
+        store(row_of(x_grad, r) + c, x);
       }
     });
   }

@@ -10,14 +10,14 @@
 #include "operators.h"
 
 namespace vitfast {
+
+void cpu::run(const MatrixSum& call) {
+  kernels_for(avx512::matrix_sum_kernels, avx2::matrix_sum_kernels, baseline::matrix_sum_kernels).run(call);
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;
-
-const cpu::MatrixSumKernels& kernels() {
-  return cpu::kernels_for(cpu::avx512::matrix_sum_kernels, cpu::avx2::matrix_sum_kernels,
-                          cpu::baseline::matrix_sum_kernels);
-}
 
 void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::matrix_sum: ", what); }
 
@@ -69,7 +69,7 @@ void matrix_sum_cpu(std::optional<Tensor> a, std::optional<Tensor> b, std::optio
     call.start = static_cast<const float*>(start->data_ptr()), call.start_step = d == 0 ? 0 : start->stride(0);
   }
   call.out = static_cast<float*>(out.data_ptr());
-  kernels().run(call);
+  cpu::run(call);
 }
 
 }  // namespace vitfast

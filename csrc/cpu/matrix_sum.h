@@ -24,7 +24,7 @@ struct MatrixSum {
   int64_t start_step;
   float* out;
   // For a single result, some rows of maps: those of A that belong to its rows, and those of out, which become
-  // plus + scale (A B + A' B' + start), with `plus` a map like out.
+  // plus + scale (A B + A' B' + start), with `plus` a map like out. Without `plus`, what has a scale has no start.
   RowTable a_rows = {}, out_rows = {};
   const float* plus = nullptr;
 };
@@ -35,6 +35,9 @@ inline constexpr int64_t kMatrixSumColumns = 16;
 struct MatrixSumKernels {
   void (*run)(const MatrixSum&);
 };
+
+// By the kernels in use.
+void run(const MatrixSum& call);
 
 namespace baseline {
 extern const MatrixSumKernels matrix_sum_kernels;

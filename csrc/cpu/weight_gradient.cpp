@@ -10,14 +10,15 @@
 #include "operators.h"
 
 namespace vitfast {
+
+void cpu::run(const WeightGradient& call) {
+  kernels_for(avx512::weight_gradient_kernels, avx2::weight_gradient_kernels, baseline::weight_gradient_kernels)
+      .run(call);
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;
-
-const cpu::WeightGradientKernels& kernels() {
-  return cpu::kernels_for(cpu::avx512::weight_gradient_kernels, cpu::avx2::weight_gradient_kernels,
-                          cpu::baseline::weight_gradient_kernels);
-}
 
 void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::weight_gradient: ", what); }
 
@@ -48,7 +49,7 @@ void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Ten
     call.bias = static_cast<float*>(bias->data_ptr());
   }
   call.add = add;
-  kernels().run(call);
+  cpu::run(call);
 }
 
 }  // namespace vitfast

@@ -27,6 +27,9 @@ struct WeightGradientKernels {
   void (*run)(const WeightGradient&);
 };
 
+// By the kernels in use.
+void run(const WeightGradient& call);
+
 namespace baseline {
 extern const WeightGradientKernels weight_gradient_kernels;
 }

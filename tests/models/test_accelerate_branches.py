@@ -14,12 +14,15 @@ import pytest
 import torch
 import transformers
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
+from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.ops import StochasticDepth
 
 import vitfast
+from vitfast.models.acceleration import transformers_adapter
 from vitfast.nn import _branches as fused
 
 BATCH, SIZE = 5, 32
@@ -116,6 +119,11 @@ def make(name, drop=DROP, **options):
     if depth is not None:
         options[depth] = drop
     return model(**options).train(), torch.randn(BATCH, 3, SIZE, SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(transformers_adapter, "_PACKED_ROWS", 1)
 
 
 @pytest.fixture
@@ -285,3 +293,217 @@ def test_second_derivatives(name):
         expected = product()
     names = [name for name, _ in model.named_parameters()]
     assert_alike(*(dict(zip(["logits", *names], [torch.zeros(1), *p], strict=True)) for p in (product(), expected)))
+
+
+def test_few_rows_of_transformers_are_not_packed(calls, monkeypatch):
+    monkeypatch.setattr(transformers_adapter, "_PACKED_ROWS", 1024)
+    model, images = make("transformers ViT")
+    step(vitfast.accelerate(model), images)
+    assert calls == {"norm_linear": 0, "add_linear": 0, "residual_mlp": 2}
+
+
+# ---- parts that are something else -----------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """As LoRA and checkpointing wrap modules; attributes of the module show through."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *arguments, **options):
+        output = self.module(*arguments, **options)
+        return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
+
+
+class Opaque(nn.Module):
+    """A module in whose place no attribute is known."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inner = module
+
+    def forward(self, *arguments, **options):
+        return self.inner(*arguments, **options)
+
+
+def subclassed(module):
+    """The module as one of a subclass that computes something else."""
+    kind = type(module)
+
+    def forward(self, *arguments, **options):
+        output = kind.forward(self, *arguments, **options)
+        return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
+
+    module.__class__ = type(f"Other{kind.__name__}", (kind,), {"forward": forward})
+    return module
+
+
+PARTS = {
+    "timm ViT": ("attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1", "mlp.fc2", "norm1", "norm2"),
+    "timm Swin": ("attn.qkv", "attn.proj", "mlp", "mlp.fc2", "norm1", "norm2"),
+    "torchvision ViT": ("mlp", "mlp.0", "ln_1", "ln_2"),
+    "torchvision Swin": ("attn", "mlp", "mlp.3", "norm1", "norm2"),
+    "transformers ViT": (
+        *("attention", "attention.q_proj", "attention.o_proj", "mlp", "mlp.fc1"),
+        *("layernorm_before", "layernorm_after"),
+    ),
+    "transformers Swin": ("attention.v_proj", "attention.o_proj", "mlp", "mlp.fc2", "layernorm_before"),
+    "vitfast ViT": ("attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1", "norm1", "norm2"),
+    "vitfast Swin": ("attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc2", "norm1"),
+}
+
+
+REPLACEMENTS = [
+    (name, part, replace)
+    for name, parts in PARTS.items()
+    for part in parts
+    for replace in (Wrapper, Opaque, subclassed)
+    if (name, part, replace) != ("vitfast Swin", "attn", Opaque)  # the block asks its attention for the window
+]
+
+
+@pytest.mark.parametrize(("name", "part", "replace"), REPLACEMENTS)
+def test_a_part_that_is_something_else_is_called(name, part, replace):
+    model, images = make(name)
+    parent, _, child = part.rpartition(".")
+    owner = block_of(name, model).get_submodule(parent)
+    setattr(owner, child, replace(getattr(owner, child)))
+    with vitfast.backend("reference"):
+        before = step(model, images)
+    after = step(vitfast.accelerate(model), images)
+    assert_alike(after, before)
+
+
+def test_parametrised_weights():
+    model, images = make("timm Swin")
+    block = block_of("timm Swin", model)
+    for layer in (block.attn.qkv, block.mlp.fc2):
+        nn.utils.parametrizations.weight_norm(layer)
+    before = step(model, images)
+    assert_alike(step(vitfast.accelerate(model), images), before)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "transformers ViT", "vitfast ViT", "vitfast Swin"])
+def test_shared_and_frozen_parameters(name):
+    """In the first and the second derivative: a layer that two blocks share, and embeddings without gradients."""
+    model, images = make(name)
+    mlp = block_of(name, model).mlp
+    others = [m for m in model.modules() if type(m) is type(mlp) and m.fc1.weight.shape == mlp.fc1.weight.shape]
+    others[-1].fc1 = mlp.fc1
+    for parameter in (p for key, p in model.named_parameters() if "embed" in key):
+        parameter.requires_grad_(False)
+    vitfast.accelerate(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def derivatives():
+        torch.manual_seed(3)
+        output = model(images)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(BATCH))
+        first = torch.autograd.grad(loss, parameters, retain_graph=True)
+        again = torch.autograd.grad(loss, parameters, create_graph=True)
+        second = torch.autograd.grad(again, parameters, direction)
+        return {"logits": logits.detach(), **dict(enumerate((*first, *again))), **dict(enumerate(second, 1000))}
+
+    with vitfast.backend("reference"):
+        before = derivatives()
+    assert_alike(derivatives(), before)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "vitfast Swin"])
+def test_gradients_in_a_batch_with_frozen_embeddings(name):
+    model, images = make(name)
+    for parameter in (p for key, p in model.named_parameters() if "embed" in key):
+        parameter.requires_grad_(False)
+    vitfast.accelerate(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    logits = model(images)
+    grads = torch.randn(2, *logits.shape)
+    batched = torch.autograd.grad(logits, parameters, grads, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        one = torch.autograd.grad(logits, parameters, grads[i], retain_graph=True)
+        for found, expected in zip(batched, one, strict=True):
+            torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "vitfast ViT", "vitfast Swin"])
+def test_dropout_that_is_in_another_mode_than_the_model(name):
+    options = {"attn_drop_rate" if "timm" in name else "attn_drop": 0.5}
+    model, images = make(name, **options)
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.eval()
+    before = step(model, images)
+    assert_alike(step(vitfast.accelerate(model), images), before)
+
+
+def test_other_default_dtypes():
+    model, images = make("torchvision Swin")
+    before = step(model, images)
+    vitfast.accelerate(model)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_alike(step(model, images), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_stochastic_depth_of_whole_batches():
+    model, images = make("torchvision Swin")
+    for module in model.modules():
+        if type(module) is StochasticDepth:
+            module.mode = "batch"
+    before = step(model, images)
+    assert_alike(step(vitfast.accelerate(model), images), before)
+
+
+def test_a_timm_whose_blocks_know_no_causal_attention(monkeypatch):
+    def forward(self, x):
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    monkeypatch.setattr(Block, "forward", forward)
+    model, images = make("timm ViT")
+    before = step(model, images)
+    report = vitfast.accelerate(model, report=True)
+    assert "this version of timm has it without is_causal" in report.kept["blocks.0"]
+    assert_alike(step(model, images), before)
+
+
+@pytest.mark.parametrize("block", ["timm ViT", "vitfast ViT"])
+def test_masks_go_through_a_block(block):
+    model, _ = make(block)
+    layer, x = block_of(block, model), torch.randn(BATCH, 17, 48)
+    for options in ({"attn_mask": torch.randn(17, 17)}, {"is_causal": True}):
+        layer.attn.fused_attn = True
+        before = layer(x, **options)
+        vitfast.accelerate(model)
+        torch.testing.assert_close(layer(x, **options), before, rtol=1e-4, atol=1e-5)
+        vitfast.restore(model)
+
+
+@pytest.mark.parametrize("name", ["timm Swin", "vitfast ViT"])
+def test_autocast_and_forward_mode(name):
+    model, images = make(name, drop=0.0)
+    vitfast.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.bfloat16
+    parameters = dict(model.named_parameters())
+    tangents = {key: torch.randn_like(p) for key, p in parameters.items()}
+
+    def call(parameters):
+        return torch.func.functional_call(model, parameters, (images,))
+
+    _, found = torch.func.jvp(call, (parameters,), (tangents,))
+    with vitfast.backend("reference"):
+        _, expected = torch.func.jvp(call, (parameters,), (tangents,))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -221,6 +221,37 @@ def test_a_branch_that_is_dropped_is_not_computed():
     assert output[0].isfinite().all()
 
 
+def test_a_tensor_in_two_places():
+    x, weight, bias, *layers = make(sizes=((CHANNELS, CHANNELS), (CHANNELS, CHANNELS)))
+    tensors = leaves((x, weight, bias, *layers[:2]))
+
+    def twice(function):
+        def shared(x, weight, bias, *layer):
+            return function(x, weight, bias, *layer, *layer)
+
+        loss = shared(*tensors)[0].sin().sum()
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.sin().sum() for g in first), tensors)
+
+    for found, expected in zip(twice(residual_mlp(DEPTHS[1])), twice(plain_residual_mlp(DEPTHS[1])), strict=True):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_gradients_are_tensors_of_their_own():
+    tensors = leaves(make(sizes=MLP))
+    gradients = torch.autograd.grad(residual_mlp(DEPTHS[0])(*tensors)[0].sum(), tensors)
+    assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == len(gradients)
+
+
+def test_an_output_that_nobody_uses():
+    x, weight, bias, *layer = leaves(make(sizes=((64, CHANNELS),)))
+    output, again = norm_linear(DEPTHS[1])(x, weight, bias, *layer)
+    (found,) = torch.autograd.grad(output.sin().sum(), x, retain_graph=True)
+    plain, _ = plain_norm_linear(DEPTHS[1])(x, weight, bias, *layer)
+    assert_close(found, torch.autograd.grad(plain.sin().sum(), x)[0], rtol=1e-4, atol=1e-5)
+    assert_close(torch.autograd.grad(again.sum(), x)[0], torch.ones_like(x))
+
+
 def test_memory_of_the_backward_is_the_hidden_values():
     rows = 10 * branches.BLOCK_ROWS
     tensors = leaves(make((10, rows // 10), MLP))
@@ -297,12 +328,11 @@ def test_when_they_do_not_serve():
         ({"index": torch.tensor([0, 15])}, "index must be of rows of the map"),
         ({"index": torch.tensor([-1, 0])}, "index must be of rows of the map"),
         ({"index": torch.tensor([0, 1], dtype=torch.int32)}, "index must be contiguous in int64"),
-        ({"index": torch.tensor([], dtype=torch.int64)}, "there must be rows"),
+        ({"index": torch.tensor([], dtype=torch.int64)}, "a block must have rows"),
         ({"weight": torch.zeros(64, 32)}, "matrices must be"),
         ({"weight": torch.zeros(40, CHANNELS)}, "a multiple of 16 outputs"),
         ({"x": torch.zeros(15, CHANNELS).double()}, "matrices must be"),
-        ({"x": torch.zeros(CHANNELS)}, "index must be of rows of the map"),
-        ({"x": torch.zeros(CHANNELS), "index": None}, "there must be rows and channels"),
+        ({"x": torch.zeros(CHANNELS)}, "a map must be a matrix"),
         ({"bias": torch.zeros(63)}, "vectors must be"),
         ({"out": torch.zeros(3, 64)}, "matrices must be"),
         ({"out": torch.zeros(64, 2).t()}, "matrices must be"),
@@ -323,3 +353,48 @@ def test_direct_calls_stay_within_bounds(change, message):
     torch.ops.vitfast.norm_linear(*arguments.values())
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vitfast.norm_linear(*(arguments | change).values())
+
+
+ROWS, SOME = 15, 2
+MAP, SMALL_MAP = torch.zeros(ROWS, CHANNELS), torch.zeros(SOME, CHANNELS)
+INDEX, SCALE, WEIGHT = torch.tensor([0, 14]), torch.ones(SOME), torch.zeros(64, CHANNELS)
+DIRECT = {
+    "add_linear": (MAP, torch.zeros(SOME, 64), INDEX, SCALE, torch.zeros(CHANNELS, 64), None, MAP.clone()),
+    "add_linear_backward": (
+        *(MAP, torch.zeros(SOME, 64), INDEX, SCALE, torch.zeros(CHANNELS, 64), False, torch.zeros(SOME, 64)),
+        *(torch.zeros(CHANNELS, 64), torch.zeros(CHANNELS)),
+    ),
+    "norm_linear_backward": (
+        *(torch.zeros(SOME, 64), MAP, MAP, INDEX, None, None, EPS, WEIGHT, False, MAP.clone()),
+        *(torch.zeros(CHANNELS), torch.zeros(CHANNELS), WEIGHT.clone(), torch.zeros(64)),
+    ),
+    "residual_mlp": (
+        *(MAP, INDEX, SCALE, None, None, EPS, WEIGHT, None, torch.zeros(CHANNELS, 64), None, MAP.clone()),
+        torch.zeros(SOME, 64),
+    ),
+    "residual_mlp_backward": (
+        *(MAP, MAP, INDEX, SCALE, None, None, EPS, WEIGHT, torch.zeros(CHANNELS, 64), torch.zeros(SOME, 64), False),
+        *(MAP.clone(), torch.zeros(CHANNELS), torch.zeros(CHANNELS), WEIGHT.clone(), torch.zeros(64)),
+        *(torch.zeros(CHANNELS, 64), torch.zeros(CHANNELS)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_no_argument_of_another_size_is_taken(name):
+    """Each tensor in turn with one row, column or element less, in another dtype, or with other strides."""
+    operator, arguments = getattr(torch.ops.vitfast, name), DIRECT[name]
+    operator(*arguments)
+    for i, argument in enumerate(arguments):
+        if not isinstance(argument, torch.Tensor):
+            continue
+        others = [argument[:-1], argument.double()]
+        if argument is not INDEX:
+            others.append(argument.repeat(2, *(1,) * (argument.dim() - 1))[::2])
+        else:
+            others = [INDEX.int(), torch.tensor([0, 15]), torch.tensor([-1, 3]), INDEX[:1]]
+        if argument.dim() == 2:
+            others += [argument[:, :-16], argument.flatten()]
+        for other in others:
+            with pytest.raises(RuntimeError, match="residual branch"):
+                operator(*arguments[:i], other, *arguments[i + 1 :])

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from vitfast.models._transformer import fit_loaded, initialize, make_head, stochastic_depth
 from vitfast.models.registry import register
 from vitfast.nn import DropPath, Mlp, PatchEmbed, WindowAttention
-from vitfast.nn._branches import add_attention, add_mlp, affine, is_fusible, merge_patches
+from vitfast.nn._branches import add_attention, add_mlp, merge_patches, plain_affine
 from vitfast.nn._checks import is_integer, non_negative_integer, positive_integer
+from vitfast.nn._fusion import drops_weights, has_hooks, is_idle
 from vitfast.nn._windows import as_pair
+from vitfast.nn.transformer import plain_layers
 from vitfast.nn.window_attention import resize_bias_table
 
 
@@ -73,17 +75,18 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._add_attention(x)
-        return add_mlp(x, self.norm2, self.mlp, self.mlp.plain_layers(x), self.drop_path2)
+        return add_mlp(x, self.norm2, self.mlp, plain_layers(self.mlp, x), self.drop_path2)
 
     def _add_attention(self, x: Tensor) -> Tensor:
         attention, size, window = self.attn, x.shape[1:3], self.attn.window_size
         missing = [-s % w for s, w in zip(size, window, strict=True)]
         shift = tuple(w // 2 if self.shifted and s > w else 0 for s, w in zip(size, window, strict=True))
-        if x.is_cpu and not any(missing) and attention.is_plain():
-            projection, output = affine(attention.qkv), affine(attention.proj)
-            if is_fusible(x, self.norm1, self.drop_path1, projection, output):
-                attend = partial(attention.attend, shift=shift)
-                return add_attention(x, self.norm1, projection, attend, output, self.drop_path1)
+        if x.is_cpu and not any(missing) and type(attention) is WindowAttention and not has_hooks(attention):
+            idle = not drops_weights(attention) and is_idle(attention.proj_drop)
+            layers = plain_affine(attention.qkv, attention.proj) if idle else None
+            output = add_attention(x, self.norm1, layers, partial(attention.attend, shift=shift), self.drop_path1)
+            if output is not None:
+                return output
         normal = self.norm1(x)
         if any(missing):
             normal = F.pad(normal, (0, 0, 0, missing[1], 0, missing[0]))

@@ -20,9 +20,9 @@ Affine = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
 
 
-def affine(layer: nn.Linear) -> Affine:
-    """What a plain linear layer multiplies by and adds."""
-    return layer.weight, layer.bias
+def plain_affine(*layers: nn.Module) -> tuple[Affine, ...] | None:
+    """Weights and biases of linear layers, or None if one of them is something else or somebody looks at it."""
+    return tuple((layer.weight, layer.bias) for layer in layers) if all(map(is_plain_linear, layers)) else None
 
 
 def add_mlp(
@@ -34,10 +34,10 @@ def add_mlp(
         x: (B, ..., C).
         layers: those of ``mlp``, if it is nothing but two plain linear layers with the exact GELU between them now.
     """
-    if layers is not None and not has_hooks(mlp):
-        layer1, layer2 = map(affine, layers)
-        if is_fusible(x, norm, drop_path, layer1, layer2):
-            return branches.residual_mlp(x, _norm(norm), (*layer1, *layer2), _draw(drop_path, x))
+    affine = None if layers is None or has_hooks(mlp) else plain_affine(*layers)
+    if affine is not None and _is_fusible(x, norm, drop_path, *affine):
+        layer1, layer2 = affine
+        return branches.residual_mlp(x, _norm(norm), (*layer1, *layer2), _draw(drop_path, x))
     branch = mlp(norm(x))
     return x + (branch if drop_path is None else drop_path(branch))
 
@@ -45,20 +45,22 @@ def add_mlp(
 def add_attention(
     x: Tensor,
     norm: nn.Module,
-    projection: Affine,
+    layers: tuple[Affine, Affine] | None,
     attend: Callable[[Tensor], Tensor],
-    output: Affine,
     drop_path: nn.Module | None,
-) -> Tensor:
-    """x + drop_path(output(attend(projection(norm(x))))) of what `is_fusible`.
+) -> Tensor | None:
+    """x + drop_path(layer2(attend(layer1(norm(x))))), or None where that cannot be fused now.
 
     Args:
         x: (B, ..., C).
-        attend: from packed projections (B', ..., D) of some samples to what ``output`` takes, sample by sample.
+        layers: the projection to query, key and value, and that of the result; None is no layers that can be fused.
+        attend: from packed projections (B', ..., D) of some samples to what the second layer takes, sample by sample.
     """
+    if layers is None or not _is_fusible(x, norm, drop_path, *layers):
+        return None
     depth = _draw(drop_path, x)
-    projected, x = branches.norm_linear(x, _norm(norm), *projection, depth)
-    return branches.add_linear(x, attend(projected), *output, depth)
+    projected, x = branches.norm_linear(x, _norm(norm), *layers[0], depth)
+    return branches.add_linear(x, attend(projected), *layers[1], depth)
 
 
 def merge_patches(x: Tensor, norm: nn.Module, reduction: nn.Module) -> Tensor:
@@ -72,15 +74,17 @@ def merge_patches(x: Tensor, norm: nn.Module, reduction: nn.Module) -> Tensor:
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, 2, W / 2, 2, C]
     # The authors' order of the four tokens: down the first column, then down the second.
     x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
-    if x.is_cpu and is_plain_linear(reduction) and is_fusible(x, norm, None, affine(reduction)):
-        return branches.norm_linear(x, _norm(norm), *affine(reduction), Depth(len(x)))[0]
+    affine = plain_affine(reduction)
+    if affine is not None and _is_fusible(x, norm, None, *affine):
+        return branches.norm_linear(x, _norm(norm), *affine[0], Depth(len(x)))[0]
     return reduction(norm(x))
 
 
-def is_fusible(x: Tensor, norm: nn.Module, drop_path: nn.Module | None, *layers: Affine) -> bool:
+def _is_fusible(x: Tensor, norm: nn.Module, drop_path: nn.Module | None, *layers: Affine) -> bool:
     """Whether the steps around the matrix products of a branch with such linear layers can be fused now."""
     return (
-        type(norm) in LAYER_NORMS
+        x.is_cpu
+        and type(norm) in LAYER_NORMS
         and type(drop_path) in STOCHASTIC_DEPTHS
         and norm.normalized_shape == x.shape[-1:]
         and branches.serves(

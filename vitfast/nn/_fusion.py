@@ -45,6 +45,23 @@ def is_idle(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0) and not has_hooks(dropout)
 
 
+def drops_weights(attention: nn.Module) -> bool:
+    """Whether an attention with timm's attributes drops weights now, or somebody looks at its dropout.
+
+    Its mode decides: the probability is all that fused attention gets of the dropout.
+    """
+    return not is_idle(attention.attn_drop) or (attention.training and attention.attn_drop.p > 0)
+
+
+def is_plain_attention(attention: nn.Module) -> bool:
+    """Whether an attention over all tokens with timm's attributes is nothing but two plain linear layers with attention
+    between them now, and nobody looks inside."""
+    norms = (attention.q_norm, attention.k_norm, attention.norm)
+    if attention.gate is not None or not all(map(is_absent, norms)):
+        return False
+    return not (drops_weights(attention) or has_hooks(attention)) and is_idle(attention.proj_drop)
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, no subclass of it, and nobody looks at what goes in or out."""
     return type(module) is nn.Linear and not has_hooks(module)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
-from vitfast.nn._fusion import apply_linear, has_hooks, is_absent, is_idle, is_plain_linear
+from vitfast.nn._fusion import apply_linear, is_absent
 
 
 class Attention(nn.Module):
@@ -142,12 +142,6 @@ class Attention(nn.Module):
         """From packed projections (B, N, 3 attn_dim) to the heads' results (B, N, attn_dim), without dropout."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         return functional.attention_qkvpacked(qkv, scale=self.scale).flatten(2)
-
-    def is_plain(self) -> bool:
-        """Whether it is nothing but two linear layers with attention between them now, and nobody looks inside."""
-        absent = all(map(is_absent, (self.q_norm, self.k_norm, self.norm))) and self.gate is None
-        idle = is_idle(self.attn_drop) and is_idle(self.proj_drop)
-        return absent and idle and is_plain_linear(self.qkv) and is_plain_linear(self.proj) and not has_hooks(self)
 
     def _project(self, x: Tensor) -> Tensor:
         """The packed projection, (B, N, 3, heads, D)."""

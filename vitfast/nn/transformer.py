@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast.nn._branches import STOCHASTIC_DEPTHS, add_attention, add_mlp, affine, is_fusible
+from vitfast.nn._branches import STOCHASTIC_DEPTHS, add_attention, add_mlp, plain_affine
 from vitfast.nn._checks import positive_integer, probability
-from vitfast.nn._fusion import fused_mlp, is_absent, is_exact_gelu, is_idle, is_plain_linear
+from vitfast.nn._fusion import fused_mlp, is_absent, is_exact_gelu, is_idle, is_plain_attention, is_plain_linear
 from vitfast.nn._windows import as_pair
 from vitfast.nn.attention import Attention
 
@@ -136,9 +136,11 @@ class Mlp(nn.Module):
         linear = x.is_cpu and is_plain_linear(self.fc1) and is_plain_linear(self.fc2)
         return linear and is_exact_gelu(self.act) and is_idle(self.drop1)
 
-    def plain_layers(self, x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
-        """The linear layers, if it is nothing but these and the exact GELU for x now, and on the CPU."""
-        return (self.fc1, self.fc2) if self._is_fusible(x) and is_idle(self.drop2) else None
+
+def plain_layers(mlp: nn.Module, x: Tensor) -> tuple[nn.Linear, nn.Linear] | None:
+    """The linear layers of an `Mlp` that is nothing but these and the exact GELU for x now, and on the CPU."""
+    plain = type(mlp) is Mlp and mlp._is_fusible(x) and is_idle(mlp.drop2)
+    return (mlp.fc1, mlp.fc2) if plain else None
 
 
 class LayerScale(nn.Module):
@@ -245,15 +247,17 @@ class TransformerBlock(nn.Module):
         """x (B, N, dim) -> (B, N, dim); the mask and the flag are those of `vitfast.nn.Attention`."""
         x = self._add_attention(x, attn_mask, is_causal)
         if is_absent(self.ls2):
-            return add_mlp(x, self.norm2, self.mlp, self.mlp.plain_layers(x), self.drop_path2)
+            return add_mlp(x, self.norm2, self.mlp, plain_layers(self.mlp, x), self.drop_path2)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _add_attention(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         attention = self.attn
-        if x.is_cpu and attn_mask is None and not is_causal and is_absent(self.ls1) and attention.is_plain():
-            projection, output = affine(attention.qkv), affine(attention.proj)
-            if is_fusible(x, self.norm1, self.drop_path1, projection, output):
-                return add_attention(x, self.norm1, projection, attention.attend, output, self.drop_path1)
+        known = x.is_cpu and type(attention) is Attention and attn_mask is None and not is_causal
+        if known and is_absent(self.ls1) and is_plain_attention(attention):
+            layers = plain_affine(attention.qkv, attention.proj)
+            output = add_attention(x, self.norm1, layers, attention.attend, self.drop_path1)
+            if output is not None:
+                return output
         return x + self.drop_path1(self.ls1(attention(self.norm1(x), attn_mask, is_causal)))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
-from vitfast.nn._fusion import apply_linear, has_hooks, is_idle, is_plain_linear
+from vitfast.nn._fusion import apply_linear
 from vitfast.nn._windows import apply_attention_maps, as_pair
 
 
@@ -168,11 +168,6 @@ class WindowAttention(nn.Module):
             shift=shift,
             scale=self.scale,
         ).flatten(3)
-
-    def is_plain(self) -> bool:
-        """Whether it is nothing but two linear layers with attention between them now, and nobody looks inside."""
-        idle = is_idle(self.attn_drop) and is_idle(self.proj_drop)
-        return idle and is_plain_linear(self.qkv) and is_plain_linear(self.proj) and not has_hooks(self)
 
     def _check_shift(self, shift_size: int | tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the shift."""

@@ -25,8 +25,8 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._rules import records_gradients, with_signature
-from vitfast.ops.linear import has_product_kernel, is_plain_backward, is_plain_call, rows_of
-from vitfast.ops.mlp import BLOCK_ROWS, Weights
+from vitfast.ops.linear import PLAIN, has_product_kernel, is_plain_backward, is_plain_call, rows_of
+from vitfast.ops.mlp import BLOCK_ROWS, Weights, row_blocks
 
 
 class Norm(NamedTuple):
@@ -50,8 +50,12 @@ def serves(x: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor | None
         and all(
             w.is_contiguous() and len(w) % 16 == w.shape[1] % 16 == 0 and has_product_kernel(w, w.t()) for w in weights
         )
-        and all(t is None or (t.dtype == x.dtype and t.is_cpu and t.is_contiguous()) for t in vectors)
+        and all(t is None or _is_vector(t) for t in vectors)
     )
+
+
+def _is_vector(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and type(t) in PLAIN
 
 
 # ---- which rows ------------------------------------------------------------------------------------------------------
@@ -79,7 +83,11 @@ class Depth:
             return branch
         scaled = branch * _column(branch, [self.factors[i] for i in self.kept])
         everything = branch.new_zeros(self.samples, *branch.shape[1:])
-        return everything.index_copy(0, torch.tensor(self.kept, dtype=torch.long), scaled)
+        return everything.index_copy(0, _of_cpu(self.kept, torch.int64), scaled)
+
+
+def _of_cpu(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
@@ -112,31 +120,26 @@ class _Rows:
 
     def __init__(self, depth: Depth, x: Tensor):
         per_sample = x[0].numel() // x.shape[-1]
+        kept = depth.kept
         self._samples = depth.samples
-        self._dropped: list[int] = []
+        self._dropped = sorted(set(range(depth.samples)) - set(kept))
         self._index = self._scale = None
-        self.count = depth.samples * per_sample
-        if depth.factors is None:
-            return
-        factors = torch.tensor(depth.factors)
-        kept = factors != 0
-        self._dropped = (~kept).nonzero().flatten().tolist()
-        self._index = torch.arange(self.count).view(-1, per_sample)[kept].flatten()
-        self._scale = factors[kept].repeat_interleave(per_sample)
-        self.count = len(self._index)
+        self.count = len(kept) * per_sample
+        if depth.factors is not None:
+            rows = torch.arange(depth.samples * per_sample, device="cpu").view(-1, per_sample)
+            factors = _of_cpu([depth.factors[i] for i in kept], torch.float32)
+            self._index = rows[_of_cpu(kept, torch.int64)].flatten()
+            self._scale = factors.repeat_interleave(per_sample)
 
-    def copy_dropped(self, source: Tensor, target: Tensor) -> None:
-        """The rows of maps (rows, C) that no branch is added to."""
-        if self._dropped:
-            sources, targets = (rows.view(self._samples, -1) for rows in (source, target))
-            for sample in self._dropped:
-                targets[sample] = sources[sample]
+    def copy_dropped(self, source: Tensor | None, target: Tensor) -> None:
+        """The rows of maps (rows, C) that no branch is added to; zeros from None."""
+        for sample in self._dropped:
+            rows = target.view(self._samples, -1)[sample]
+            rows.zero_() if source is None else rows.copy_(source.view(self._samples, -1)[sample])
 
     def blocks(self) -> Iterator[_Block]:
         """Of nearly equal size."""
-        size = -(-self.count // max(1, round(self.count / BLOCK_ROWS)))
-        for first in range(0, self.count, size or 1):
-            rows = slice(first, min(first + size, self.count))
+        for rows in row_blocks(self.count, BLOCK_ROWS):
             yield _Block(rows, *(None if t is None else t[rows] for t in (self._index, self._scale)))
 
 
@@ -152,41 +155,48 @@ class _Gradients:
     """New gradients of parameters, which the first block writes and others add to.
 
     Attributes:
-        layers: of weight and bias of each linear layer; None where they are not needed.
-        norm: (2, C), of weight and bias of the normalisation.
+        norm: of weight and bias of the normalisation; None where they are not needed.
+        layers: of weight and bias of each linear layer, likewise.
         add: whether there is something to add to.
     """
 
-    def __init__(self, parameters: Sequence[Tensor | None], needed: Sequence[bool], channels: int = 0):
+    def __init__(self, norm: Sequence[Tensor | None], layers: Sequence[Tensor | None], needed: Sequence[bool]):
+        self.norm = [torch.empty_like(t) if wanted else None for t, wanted in zip(norm, needed, strict=False)]
         self.layers: list[Tensor | None] = []
-        for i in range(0, len(parameters), 2):
-            weight, bias = parameters[i : i + 2]
+        self._needed = needed
+        wanted = needed[len(norm) :]
+        for i in range(0, len(layers), 2):
+            weight, bias = layers[i : i + 2]
             # The sum for a bias is made beside the product for its weight.
-            self.layers.append(torch.empty_like(weight) if needed[i] or needed[i + 1] else None)
-            self.layers.append(torch.empty_like(bias) if needed[i + 1] else None)
-        self.norm = parameters[0].new_empty(2, channels)
+            self.layers.append(torch.empty_like(weight) if wanted[i] or wanted[i + 1] else None)
+            self.layers.append(torch.empty_like(bias) if wanted[i + 1] else None)
         self.add = False
 
-    def chosen(self, x_grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Those of x, of the normalisation if there is one, and of the layers that are needed, after all blocks."""
-        norm = self.norm.unbind() if self.norm.numel() else ()
-        found = (x_grad, *norm, *self.layers)
+    def chosen(self) -> list[Tensor | None]:
+        """Those that are needed, after all blocks."""
+        found = [*self.norm, *self.layers]
         if not self.add:
-            for gradient in found[1:]:
+            for gradient in found:
                 if gradient is not None:
                     gradient.zero_()
-        return [gradient if is_needed else None for gradient, is_needed in zip(found, needed, strict=True)]
+        return [gradient if wanted else None for gradient, wanted in zip(found, self._needed, strict=True)]
 
 
 def _by_definition(
-    function: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor], needed: Sequence[bool]
+    function: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients that are needed, by PyTorch, which can differentiate them once more."""
-    wanted = [t for t, is_needed in zip(tensors, needed, strict=True) if is_needed]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        outputs = function(*tensors)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again))
+        # Of one tensor in two places, each has a gradient of its own.
+        places = [None if t is None else t.view_as(t) for t in tensors]
+        outputs = function(*places)
+    recorded = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if grad is not None and o.requires_grad]
+    wanted = [t for t, is_needed in zip(places, needed, strict=True) if is_needed]
+    if not (recorded and wanted):
+        return [None] * len(tensors)
+    outputs, grads = zip(*recorded, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True))
     return [next(found) if is_needed else None for is_needed in needed]
 
 
@@ -240,7 +250,7 @@ class ResidualMlp(torch.autograd.Function):
         else:
 
             def definition(x, norm_weight, norm_bias, *weights):
-                return x + depth.scaled(reference.mlp(Norm(norm_weight, norm_bias, ctx.eps)(x), *weights))
+                return (x + depth.scaled(reference.mlp(Norm(norm_weight, norm_bias, ctx.eps)(x), *weights)),)
 
             found = _by_definition(definition, (x, norm_weight, norm_bias, *weights), [grad], needed)
         return found[0], None, None, *found[1:]
@@ -257,7 +267,7 @@ def _residual_mlp_backward(
 ) -> list[Tensor | None]:
     """The gradients of x, the norm's weight and bias, W1, b1, W2 and b2."""
     rows, grads, which = _map_rows(x), _map_rows(grad), _Rows(depth, x)
-    x_grad, sums = torch.empty_like(rows), _Gradients(weights, needed[3:], rows.shape[1])
+    x_grad, sums = torch.empty_like(rows), _Gradients(norm[:2], weights, needed[1:])
     which.copy_dropped(grads, x_grad)
     for block, before in zip(which.blocks(), hidden, strict=True):
         torch.ops.vitfast.residual_mlp_backward(
@@ -271,11 +281,11 @@ def _residual_mlp_backward(
             before,
             sums.add,
             block.of(x_grad),
-            sums.norm,
+            *sums.norm,
             *sums.layers,
         )
         sums.add = True
-    return sums.chosen(x_grad.view(x.shape), needed)
+    return [x_grad.view(x.shape) if needed[0] else None, *sums.chosen()]
 
 
 # ---- norm(x) W^T + b -------------------------------------------------------------------------------------------------
@@ -307,13 +317,16 @@ class NormLinear(torch.autograd.Function):
     def forward(ctx, x, depth, eps, norm_weight, norm_bias, weight, bias):
         ctx.depth, ctx.eps = depth, eps
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
+        ctx.set_materialize_grads(False)  # nobody may use x again
         return _norm_linear(x, Norm(norm_weight, norm_bias, eps), weight, bias, depth), x
 
     @staticmethod
     def backward(ctx, grad, residual_grad):
         tensors = x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        if is_plain_backward(grad) and is_plain_backward(residual_grad):
+        if grad is None:  # nobody used the output
+            return residual_grad if needed[0] else None, *(None,) * 6
+        if is_plain_backward(grad) and (residual_grad is None or is_plain_backward(residual_grad)):
             norm = Norm(norm_weight, norm_bias, ctx.eps)
             found = _norm_linear_backward(grad, residual_grad, x, norm, (weight, bias), ctx.depth, needed)
         else:
@@ -327,7 +340,7 @@ class NormLinear(torch.autograd.Function):
 
 def _norm_linear_backward(
     grad: Tensor,
-    residual_grad: Tensor,
+    residual_grad: Tensor | None,
     x: Tensor,
     norm: Norm,
     parameters: tuple[Tensor, Tensor | None],
@@ -336,24 +349,24 @@ def _norm_linear_backward(
 ) -> list[Tensor | None]:
     """The gradients of x, the norm's weight and bias, W and b."""
     rows, which = _map_rows(x), _Rows(depth, x)
-    grads, start = _map_rows(grad), _map_rows(residual_grad)
-    x_grad, sums = torch.empty_like(rows), _Gradients(parameters, needed[3:], rows.shape[1])
+    grads, start = _map_rows(grad), None if residual_grad is None else _map_rows(residual_grad)
+    x_grad, sums = torch.empty_like(rows), _Gradients(norm[:2], parameters, needed[1:])
     which.copy_dropped(start, x_grad)
     for block in which.blocks():
         torch.ops.vitfast.norm_linear_backward(
             grads[block.rows],
-            block.of(start),
+            None if start is None else block.of(start),
             block.of(rows),
             block.index,
             *norm,
             parameters[0],
             sums.add,
             block.of(x_grad),
-            sums.norm,
+            *sums.norm,
             *sums.layers,
         )
         sums.add = True
-    return sums.chosen(x_grad.view(x.shape), needed)
+    return [x_grad.view(x.shape) if needed[0] else None, *sums.chosen()]
 
 
 # ---- x + s (y W^T + b) -----------------------------------------------------------------------------------------------
@@ -396,7 +409,7 @@ class AddLinear(torch.autograd.Function):
         else:
 
             def definition(y, weight, bias):
-                return depth.spread(F.linear(y, weight, bias))
+                return (depth.spread(F.linear(y, weight, bias)),)
 
             found = _by_definition(definition, tensors, [grad], needed)
         return grad if ctx.needs_input_grad[0] else None, found[0], None, *found[1:]
@@ -407,7 +420,7 @@ def _add_linear_backward(
 ) -> list[Tensor | None]:
     """The gradients of y, W and b."""
     grads, others, which = _map_rows(grad), _map_rows(y), _Rows(depth, grad)
-    y_grad, sums = torch.empty_like(others), _Gradients(parameters, needed[1:])
+    y_grad, sums = torch.empty_like(others), _Gradients((), parameters, needed[1:])
     for block in which.blocks():
         torch.ops.vitfast.add_linear_backward(
             block.of(grads),
@@ -420,7 +433,7 @@ def _add_linear_backward(
             *sums.layers,
         )
         sums.add = True
-    return sums.chosen(y_grad.view(y.shape), needed)
+    return [y_grad.view(y.shape) if needed[0] else None, *sums.chosen()]
 
 
 if _extension.available():

@@ -6,7 +6,7 @@ kernels of our own (`matrix_sum_kernel.h`), which add the bias in registers and 
 are the gradients of weights and biases (`weight_gradient_kernel.h`). `DESIGN.md` has the figures.
 
 Whatever else comes is `torch.nn.functional.linear`: other dtypes and devices, transforms of `torch.func`,
-`torch.compile`, autocast, columns that are no whole vectors, and processors without wide ones.
+`torch.compile`, tracing, autocast, columns that are no whole vectors, and processors without wide ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitfast.ops._rules import is_autocast, is_batched_gradient, is_transformed,
 from vitfast.ops.backend import is_chosen
 
 _DTYPE = torch.float32
-_PLAIN = (Tensor, Parameter)  # a subclass may see PyTorch's operations only
+PLAIN = (Tensor, Parameter)  # a subclass may see PyTorch's operations only
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def is_plain_call(x: Tensor) -> bool:
     """Whether the CPU's own path may serve: nothing but evaluation and, at most, a recorded gradient is going on."""
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not is_transformed()
@@ -79,8 +79,8 @@ def has_product_kernel(a: Tensor, b: Tensor) -> bool:
         and 0 not in (*a.shape, *b.shape)
         and a.stride(1) == 1
         and 1 in b.stride()
-        and type(a) in _PLAIN
-        and type(b) in _PLAIN
+        and type(a) in PLAIN
+        and type(b) in PLAIN
         and _extension.require().instruction_set() != "baseline"
     )
 
@@ -91,7 +91,7 @@ def _is_row(bias: Tensor, columns: int) -> bool:
         and bias.dtype == torch.float32
         and bias.shape == (columns,)
         and bias.is_contiguous()
-        and type(bias) in _PLAIN
+        and type(bias) in PLAIN
     )
 
 

@@ -8,8 +8,8 @@ Forward and backward keep the values before the activation and nothing else; the
 beside its derivative.
 
 Anything but plain evaluation and a plain backward is the definition, which PyTorch differentiates: transforms of
-`torch.func`, forward-mode differentiation, double backward, `torch.compile`, autocast; and so is every other device,
-where a forced kernel of another operator is no reason to refuse.
+`torch.func`, forward-mode differentiation, double backward, `torch.compile`, tracing, autocast; and so is every other
+device, where a forced kernel of another operator is no reason to refuse.
 """
 
 from __future__ import annotations
@@ -41,89 +41,59 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     return _forward(x, weights, keep=False)[0]
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Cuts rows into blocks of nearly equal size."""
-    total = len(rows)
-    # Weight gradients are sums over blocks, which in 16 bits would be rounded block by block.
-    count = max(1, round(total / BLOCK_ROWS)) if rows.element_size() >= 4 else 1
-    size = -(-total // count)
+def row_blocks(total: int, rows: int = BLOCK_ROWS) -> Iterator[slice]:
+    """Cuts rows into blocks of nearly equal size, of about so many rows; the first is the largest."""
+    size = -(-total // max(1, round(total / rows)))
     return (slice(first, min(first + size, total)) for first in range(0, total, size or 1))
 
 
-def run_block(x: Tensor, weights: Weights, activated: Tensor, out: Tensor, keep: bool) -> Tensor | None:
-    """Writes the output of some rows to ``out``, and what the activation gives to ``activated``.
-
-    Returns the hidden values before the activation if they are to be kept.
-    """
-    weight1, bias1, weight2, bias2 = weights
-    before = product(x, weight1, bias1, out=None if keep else activated)
-    torch.ops.vitfast.gelu(before, activated)
-    product(activated, weight2, bias2, out=out)
-    return before if keep else None
-
-
-def differentiate_block(
-    grad: Tensor,
-    x: Tensor,
-    weights: Weights,
-    before: Tensor,
-    scratches: Sequence[Tensor],
-    x_grad: Tensor | None,
-    needed: Sequence[bool],
-    sums: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """Writes the gradient of some rows to ``x_grad``, and returns those of W1, b1, W2 and b2, added to ``sums``.
-
-    Args:
-        grad: of the output.
-        x: the rows.
-        before: their hidden values before the activation.
-        scratches: two matrices for at least as many hidden values.
-        needed: which of the four gradients are.
-    """
-    weight1, _, weight2, _ = weights
-    grad_hidden, activated = (scratch[: len(before)] for scratch in scratches)
-    product(grad, weight2.t(), out=grad_hidden)
-    torch.ops.vitfast.gelu_backward(before, activated, grad_hidden)
-    second = parameter_gradients(grad, activated, needed[2:], sums[2:])
-    first = parameter_gradients(grad_hidden, x, needed[:2], sums[:2])
-    if x_grad is not None:
-        product(grad_hidden, weight1.t(), out=x_grad)
-    return *first, *second
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    # Weight gradients are sums over blocks, which in 16 bits would be rounded block by block.
+    return row_blocks(len(rows)) if rows.element_size() >= 4 else row_blocks(len(rows), max(len(rows), 1))
 
 
 def _forward(x: Tensor, weights: Weights, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """The output, and of every block the hidden values before the activation if they are to be kept."""
+    weight1, bias1, weight2, bias2 = weights
     rows = rows_of(x)
-    output = rows.new_empty(len(rows), len(weights[2]))
+    output = rows.new_empty(len(rows), len(weight2))
     hidden: list[Tensor] = []
     scratch = None
     for block in _blocks(rows):
         some = rows[block]
         if scratch is None:  # the first block is the largest
-            scratch = rows.new_empty(len(some), len(weights[0]))
-        before = run_block(some, weights, scratch[: len(some)], output[block], keep)
-        if before is not None:
+            scratch = rows.new_empty(len(some), len(weight1))
+        activated = scratch[: len(some)]
+        before = product(some, weight1, bias1, out=None if keep else activated)
+        if keep:
             hidden.append(before)
-    return output.reshape(*x.shape[:-1], len(weights[2])), hidden
+        torch.ops.vitfast.gelu(before, activated)
+        product(activated, weight2, bias2, out=output[block])
+    return output.reshape(*x.shape[:-1], len(weight2)), hidden
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weights: Weights, hidden: Sequence[Tensor], needed: Sequence[bool]
+    grad: Tensor, x: Tensor, weights: Weights, hidden: Sequence[Tensor], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, W1, b1, W2 and b2, as far as they are needed."""
+    weight1, _, weight2, _ = weights
     rows, grads = rows_of(x), rows_of(grad)
     if len(rows) == 0:
         return tuple(
             torch.zeros_like(t) if is_needed else None for t, is_needed in zip((x, *weights), needed, strict=True)
         )
     grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format) if needed[0] else None
-    sums: tuple[Tensor | None, ...] = (None,) * 4
+    first = second = None, None  # of weight and bias of the linear layers
     scratches = [torch.empty_like(hidden[0]) for _ in range(2)]  # the first block is the largest
     for block, before in zip(_blocks(rows), hidden, strict=True):
-        some = None if grad_x is None else grad_x[block]
-        sums = differentiate_block(grads[block], rows[block], weights, before, scratches, some, needed[1:], sums)
-    return None if grad_x is None else grad_x.reshape(x.shape), *sums
+        grad_hidden, activated = (scratch[: len(before)] for scratch in scratches)
+        product(grads[block], weight2.t(), out=grad_hidden)
+        torch.ops.vitfast.gelu_backward(before, activated, grad_hidden)
+        second = parameter_gradients(grads[block], activated, needed[3:], sums=second)
+        first = parameter_gradients(grad_hidden, rows[block], needed[1:3], sums=first)
+        if grad_x is not None:
+            product(grad_hidden, weight1.t(), out=grad_x[block])
+    return None if grad_x is None else grad_x.reshape(x.shape), *first, *second
 
 
 class Mlp(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 
 from timm.layers import GELU, Attention, BatchNormAct2d, BlurPool2d, ConvNormAct, DropPath, LayerNorm, Mlp
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -21,16 +22,17 @@ from vitfast.models.acceleration.blurs import (
     may_fuse_activation,
     takes,
 )
-from vitfast.nn._branches import (
-    LAYER_NORMS,
-    STOCHASTIC_DEPTHS,
-    add_attention,
-    add_mlp,
-    affine,
-    is_fusible,
-    merge_patches,
+from vitfast.nn._branches import LAYER_NORMS, STOCHASTIC_DEPTHS, add_attention, add_mlp, merge_patches, plain_affine
+from vitfast.nn._fusion import (
+    apply_linear,
+    drops_weights,
+    fused_mlp,
+    has_hooks,
+    is_absent,
+    is_idle,
+    is_plain_attention,
+    is_plain_linear,
 )
-from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_absent, is_idle, is_plain_linear
 
 
 class FusedAttention(Attention):
@@ -38,7 +40,7 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked_by_booleans = attn_mask is not None and not attn_mask.is_floating_point()
-        if is_causal or masked_by_booleans or not is_idle(self.attn_drop):
+        if is_causal or masked_by_booleans or drops_weights(self):
             return super().forward(x, attn_mask, is_causal)
         if is_absent(self.q_norm) and is_absent(self.k_norm):
             output = self.attend(apply_linear(self.qkv, x), attn_mask)
@@ -57,12 +59,6 @@ class FusedAttention(Attention):
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         return functional.attention_qkvpacked(qkv, attn_mask, scale=self.scale).flatten(2)
 
-    def is_plain(self) -> bool:
-        """Whether it is nothing but two plain linear layers with attention between them now."""
-        absent = all(map(is_absent, (self.q_norm, self.k_norm, self.norm))) and self.gate is None
-        idle = is_idle(self.attn_drop) and is_idle(self.proj_drop)
-        return absent and idle and is_plain_linear(self.qkv) and is_plain_linear(self.proj) and not has_hooks(self)
-
 
 class FusedBlock(Block):
     """timm's ViT block with its normalisations, stochastic depth and additions beside the matrix products."""
@@ -70,15 +66,18 @@ class FusedBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not (is_absent(self.ls1) and is_absent(self.ls2)):
             return super().forward(x, attn_mask, is_causal)
-        attention = self.attn
-        plain = x.is_cpu and attn_mask is None and not is_causal and type(attention) is FusedAttention
-        if plain and attention.is_plain():
-            projection, output = affine(attention.qkv), affine(attention.proj)
-            if is_fusible(x, self.norm1, self.drop_path1, projection, output):
-                x = add_attention(x, self.norm1, projection, attention.attend, output, self.drop_path1)
-                return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2)
-        x = x + self.drop_path1(attention(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        x = self._add_attention(x, attn_mask, is_causal)
         return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2)
+
+    def _add_attention(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        attention = self.attn
+        known = x.is_cpu and type(attention) is FusedAttention and attn_mask is None and not is_causal
+        if known and is_plain_attention(attention):
+            layers = plain_affine(attention.qkv, attention.proj)
+            output = add_attention(x, self.norm1, layers, attention.attend, self.drop_path1)
+            if output is not None:
+                return output
+        return x + self.drop_path1(attention(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
 
 
 class FusedSwinTransformerBlock(SwinTransformerBlock):
@@ -86,15 +85,17 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
     matrix products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        attention = self.attn
-        projection, output = affine(attention.qkv), affine(attention.proj)
-        plain = x.is_cpu and is_plain_linear(attention.qkv) and is_plain_linear(attention.proj)
-        if plain and self._is_served(x) and is_fusible(x, self.norm1, self.drop_path1, projection, output):
-            x = add_attention(x, self.norm1, projection, self._attend, output, self.drop_path1)
-        else:
-            x = x + self.drop_path1(self._attn(self.norm1(x)))
+        x = self._add_attention(x)
         tokens = x.flatten(1, 2)  # what hooks on the MLP see in timm
         return add_mlp(tokens, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.drop_path2).view(x.shape)
+
+    def _add_attention(self, x: Tensor) -> Tensor:
+        if x.is_cpu and self._is_served(x):
+            layers = plain_affine(self.attn.qkv, self.attn.proj)
+            output = add_attention(x, self.norm1, layers, self._attend, self.drop_path1)
+            if output is not None:
+                return output
+        return x + self.drop_path1(self._attn(self.norm1(x)))
 
     def _attn(self, x: Tensor) -> Tensor:
         if not self._is_served(x):
@@ -103,8 +104,8 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
 
     def _is_served(self, x: Tensor) -> bool:
         padded = any(size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
-        idle = is_idle(self.attn.attn_drop) and is_idle(self.attn.proj_drop)  # they draw for windows, not maps
-        return not padded and idle and not has_hooks(self.attn)
+        drops = drops_weights(self.attn) or not is_idle(self.attn.proj_drop)  # for windows, not maps
+        return not (padded or drops or has_hooks(self.attn))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """From packed projections (B, H, W, 3 C) to the heads' results (B, H, W, C)."""
@@ -200,6 +201,13 @@ def _lacks(parts: tuple[str, ...], module: nn.Module) -> str | None:
     return f"this version of timm has it without {', '.join(missing)}" if missing else None
 
 
+def _is_other_block(block: Block) -> str | None:
+    """Blocks pass ``is_causal`` on to any attention that they may have."""
+    if "is_causal" not in signature(Block.forward).parameters:
+        return "this version of timm has it without is_causal"
+    return _lacks(_BLOCK_PARTS, block)
+
+
 def _is_gelu(activation: nn.Module, whatever_looks: bool = False) -> bool:
     """Whether an activation is the exact GELU, PyTorch's or timm's, and nobody looks at it or that does not matter."""
     exact = type(activation) is GELU or (type(activation) is nn.GELU and activation.approximate == "none")
@@ -249,7 +257,7 @@ LAYER_NORMS.add(LayerNorm)
 STOCHASTIC_DEPTHS.add(DropPath)
 ADAPTATIONS = {
     Attention: Adaptation(FusedAttention, partial(_lacks, _ATTENTION_PARTS)),
-    Block: Adaptation(FusedBlock, partial(_lacks, _BLOCK_PARTS)),
+    Block: Adaptation(FusedBlock, _is_other_block),
     PatchMerging: Adaptation(FusedPatchMerging),
     Mlp: Adaptation(FusedMlp, _has_other_layers),
     BlurPool2d: Adaptation(FusedBlurPool2d, _is_no_single_blur),

@@ -15,7 +15,7 @@ from torchvision.ops import MLP, StochasticDepth
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
-from vitfast.nn._branches import STOCHASTIC_DEPTHS, add_attention, add_mlp, affine, is_fusible, merge_patches
+from vitfast.nn._branches import STOCHASTIC_DEPTHS, add_attention, add_mlp, merge_patches
 from vitfast.nn._fusion import fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 from vitfast.ops.linear import linear
 
@@ -61,14 +61,18 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
     """torchvision's Swin block with its normalisations, stochastic depth and additions beside the matrix products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        attention, depth = self.attn, self.stochastic_depth
+        x = self._add_attention(x)
+        return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), self.stochastic_depth)
+
+    def _add_attention(self, x: Tensor) -> Tensor:
+        attention = self.attn
         if type(attention) is FusedShiftedWindowAttention and attention.is_plain(x):
-            projection, output = affine(attention.qkv), affine(attention.proj)
-            if is_fusible(x, self.norm1, depth, projection, output):
-                x = add_attention(x, self.norm1, projection, attention.attend, output, depth)
-                return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), depth)
-        x = x + depth(attention(self.norm1(x)))
-        return add_mlp(x, self.norm2, self.mlp, _plain_layers(self.mlp, x), depth)
+            # Its weights are all that torchvision takes of its layers.
+            layers = (attention.qkv.weight, attention.qkv.bias), (attention.proj.weight, attention.proj.bias)
+            output = add_attention(x, self.norm1, layers, attention.attend, self.stochastic_depth)
+            if output is not None:
+                return output
+        return x + self.stochastic_depth(attention(self.norm1(x)))
 
 
 class FusedPatchMerging(PatchMerging):
@@ -87,13 +91,13 @@ class FusedEncoderBlock(EncoderBlock):
         if (attention.training and attention.dropout > 0) or not is_idle(self.dropout) or has_hooks(attention):
             return super().forward(input)
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
-        projection = attention.in_proj_weight, attention.in_proj_bias
-        output = affine(attention.out_proj)
-        if is_fusible(input, self.ln_1, None, projection, output):
-            x = add_attention(input, self.ln_1, projection, self._attend, output, None)
-        else:
-            heads = self._attend(linear(self.ln_1(input), *projection))
-            x = linear(heads, *output) + input
+        layers = (
+            (attention.in_proj_weight, attention.in_proj_bias),
+            (attention.out_proj.weight, attention.out_proj.bias),
+        )
+        x = add_attention(input, self.ln_1, layers, self._attend, None)
+        if x is None:
+            x = linear(self._attend(linear(self.ln_1(input), *layers[0])), *layers[1]) + input
         return add_mlp(x, self.ln_2, self.mlp, _plain_layers(self.mlp, x), None)
 
     def _attend(self, qkv: Tensor) -> Tensor:
@@ -135,10 +139,6 @@ def _plain_layers(mlp: nn.Sequential, x: Tensor) -> tuple[nn.Linear, nn.Linear] 
     return (mlp[0], mlp[3]) if plain else None
 
 
-def _no_obstacle(_: nn.Module) -> None:
-    return None
-
-
 def _has_other_attention(block: nn.Module) -> str | None:
     attention = block.self_attention
     if type(attention) is not nn.MultiheadAttention:
@@ -155,9 +155,9 @@ def _has_other_layers(mlp: nn.Sequential) -> str | None:
 
 STOCHASTIC_DEPTHS.add(StochasticDepth)
 ADAPTATIONS = {
-    SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock, _no_obstacle),
-    PatchMerging: Adaptation(FusedPatchMerging, _no_obstacle),
-    ShiftedWindowAttention: Adaptation(FusedShiftedWindowAttention, _no_obstacle),
+    SwinTransformerBlock: Adaptation(FusedSwinTransformerBlock),
+    PatchMerging: Adaptation(FusedPatchMerging),
+    ShiftedWindowAttention: Adaptation(FusedShiftedWindowAttention),
     EncoderBlock: Adaptation(FusedEncoderBlock, _has_other_attention, parts=("self_attention",)),
     MLP: Adaptation(FusedMLP, _has_other_layers),
     MLPBlock: Adaptation(FusedMLPBlock, _has_other_layers),

@@ -24,15 +24,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from vitfast import functional
 from vitfast.models.acceleration import Adaptation
-from vitfast.nn._branches import (
-    STOCHASTIC_DEPTHS,
-    Affine,
-    add_attention,
-    add_mlp,
-    affine,
-    is_fusible,
-    merge_patches,
-)
+from vitfast.nn._branches import STOCHASTIC_DEPTHS, Affine, add_attention, add_mlp, merge_patches, plain_affine
 from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
 
 
@@ -80,13 +72,20 @@ def _projected(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return tuple(apply_linear(projection, x).unflatten(-1, (-1, attention.head_dim)) for projection in projections)
 
 
-def _packed_projection(attention: nn.Module) -> Affine | None:
-    """The layers for query, key and value as one, or None if they cannot be one now."""
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    if not all(map(is_plain_linear, layers)) or len(biases) not in (0, 3):
+# Fewer rows, and copying three weights into one costs more than all fusion gains.
+_PACKED_ROWS = 1024
+
+
+def _packed_layers(attention: nn.Module, x: Tensor) -> tuple[Affine, Affine] | None:
+    """The layers for query, key and value as one, and the one for the output; None where they are no plain layers, or
+    x (..., C) has too few rows."""
+    layers = plain_affine(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    if layers is None or x.numel() < _PACKED_ROWS * x.shape[-1]:
         return None
-    return torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
+    *projections, output = layers
+    weights, biases = zip(*projections, strict=True)
+    alike = len({(weight.shape, bias is None) for weight, bias in projections}) == 1
+    return ((torch.cat(weights), None if biases[0] is None else torch.cat(biases)), output) if alike else None
 
 
 def _is_fusible(attention: nn.Module) -> bool:
@@ -120,37 +119,42 @@ class FusedDeiTAttention(DeiTAttention):
         return _self_attention(self, hidden_states)
 
 
-def _self_attention_layer(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """A layer of ViT or DeiT without a mask, or None where its attention cannot be fused with what is around it now."""
+def _self_attention_layer(layer: nn.Module, x: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+    """ViT's and DeiT's layer."""
+    output = _add_self_attention(layer, x) if attention_mask is None and is_idle(layer.dropout) else None
+    if output is None:
+        branch, _ = layer.attention(layer.layernorm_before(x), attention_mask, **kwargs)
+        output = layer.dropout(branch) + x
+    if not is_idle(layer.dropout):
+        return layer.dropout(layer.mlp(layer.layernorm_after(output))) + output
+    return add_mlp(output, layer.layernorm_after, layer.mlp, _plain_layers(layer.mlp, output), None)
+
+
+def _add_self_attention(layer: nn.Module, x: Tensor) -> Tensor | None:
     attention = layer.attention
-    known = type(attention) in (FusedViTAttention, FusedDeiTAttention)
-    plain = x.is_cpu and known and _is_fusible(attention) and is_idle(layer.dropout) and not has_hooks(attention)
-    projection, output = (_packed_projection(attention) if plain else None), affine(attention.o_proj)
-    if projection is None or not is_fusible(x, layer.layernorm_before, None, projection, output):
+    known = x.is_cpu and type(attention) in (FusedViTAttention, FusedDeiTAttention)
+    if not known or not _is_fusible(attention) or has_hooks(attention):
         return None
 
     def attend(qkv: Tensor) -> Tensor:
         qkv = qkv.unflatten(-1, (3, -1, attention.head_dim))
         return functional.attention_qkvpacked(qkv, scale=attention.scaling).flatten(2)
 
-    x = add_attention(x, layer.layernorm_before, projection, attend, output, None)
-    return add_mlp(x, layer.layernorm_after, layer.mlp, _plain_layers(layer.mlp, x), None)
+    return add_attention(x, layer.layernorm_before, _packed_layers(attention, x), attend, None)
 
 
 class FusedViTLayer(ViTLayer):
     """ViT's layer with its normalisations and additions beside the matrix products."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        output = _self_attention_layer(self, hidden_states) if attention_mask is None else None
-        return super().forward(hidden_states, attention_mask, **kwargs) if output is None else output
+        return _self_attention_layer(self, hidden_states, attention_mask, **kwargs)
 
 
 class FusedDeiTLayer(DeiTLayer):
     """DeiT's layer with its normalisations and additions beside the matrix products."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        output = _self_attention_layer(self, hidden_states) if attention_mask is None else None
-        return super().forward(hidden_states, attention_mask, **kwargs) if output is None else output
+        return _self_attention_layer(self, hidden_states, attention_mask, **kwargs)
 
 
 class FusedSwinLayer(SwinLayer):
@@ -175,16 +179,17 @@ class FusedSwinLayer(SwinLayer):
         attention, window = self.attention, self.window_size
         height, width = x.shape[1:3]
         padding = (0, 0, 0, -width % window, 0, -height % window)
-        plain = x.is_cpu and not any(padding) and is_plain_linear(attention.o_proj)
-        projection, output = (_packed_projection(attention) if plain else None), affine(attention.o_proj)
-        if projection is not None and is_fusible(x, self.layernorm_before, self.drop_path, projection, output):
+        if x.is_cpu and not any(padding):
 
             def attend(qkv: Tensor) -> Tensor:
                 qkv = qkv.unflatten(-1, (3, -1, attention.head_dim))
                 bias, options = self._attention_arguments()
                 return functional.window_attention_qkvpacked(qkv, bias, **options).flatten(3)
 
-            return add_attention(x, self.layernorm_before, projection, attend, output, self.drop_path)
+            layers = _packed_layers(attention, x)
+            output = add_attention(x, self.layernorm_before, layers, attend, self.drop_path)
+            if output is not None:
+                return output
         # As transformers does it: padded with zeros, which then are keys as well.
         normal = self.layernorm_before(x.flatten(1, 2)).view(x.shape)
         projected = _projected(attention, F.pad(normal, padding))
@@ -247,10 +252,6 @@ def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return fused_mlp(x, mlp.fc1, mlp.fc2)
 
 
-def _no_obstacle(_: nn.Module) -> None:
-    return None
-
-
 def _has_other_attention(layer: nn.Module) -> str | None:
     kind = type(layer.attention)
     return None if kind is SwinAttention else f"its attention is a {kind.__qualname__}, not SwinAttention"
@@ -263,12 +264,12 @@ def _has_other_activation(mlp: nn.Module) -> str | None:
 
 STOCHASTIC_DEPTHS.add(SwinDropPath)
 ADAPTATIONS = {
-    ViTLayer: Adaptation(FusedViTLayer, _no_obstacle),
-    DeiTLayer: Adaptation(FusedDeiTLayer, _no_obstacle),
-    SwinPatchMerging: Adaptation(FusedSwinPatchMerging, _no_obstacle),
-    ViTAttention: Adaptation(FusedViTAttention, _no_obstacle),
+    ViTLayer: Adaptation(FusedViTLayer),
+    DeiTLayer: Adaptation(FusedDeiTLayer),
+    SwinPatchMerging: Adaptation(FusedSwinPatchMerging),
+    ViTAttention: Adaptation(FusedViTAttention),
     ViTMLP: Adaptation(FusedViTMLP, _has_other_activation),
-    DeiTAttention: Adaptation(FusedDeiTAttention, _no_obstacle),
+    DeiTAttention: Adaptation(FusedDeiTAttention),
     DeiTMLP: Adaptation(FusedDeiTMLP, _has_other_activation),
     SwinLayer: Adaptation(FusedSwinLayer, _has_other_attention, parts=("attention",)),
     SwinMLP: Adaptation(FusedSwinMLP, _has_other_activation),
