@@ -48,7 +48,7 @@ class Layer:
 
 
 def residual_mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *weights: Tensor) -> Tensor:
-    """The branch as `vitfast.nn.TransformerBlock` computes it."""
+    """The branch, fused where the kernels take it, as in a block."""
     norm = Norm(norm_weight, norm_bias, 1e-6)
     if branches.serves(x, weights[::2], (norm_weight, norm_bias, *weights[1::2])):
         return branches.residual_mlp(x, norm, weights, Depth(len(x)))

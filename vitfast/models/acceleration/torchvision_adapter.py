@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import (
-    PatchMerging,
-    ShiftedWindowAttention,
-    SwinTransformerBlock,
-)
+from torchvision.models.swin_transformer import PatchMerging, ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 from torchvision.ops import MLP, StochasticDepth
 

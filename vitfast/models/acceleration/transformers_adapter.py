@@ -26,6 +26,7 @@ from vitfast import functional
 from vitfast.models.acceleration import Adaptation
 from vitfast.nn._branches import STOCHASTIC_DEPTHS, Affine, add_attention, add_mlp, merge_patches, plain_affine
 from vitfast.nn._fusion import apply_linear, fused_mlp, has_hooks, is_exact_gelu, is_idle, is_plain_linear
+from vitfast.ops import branches
 
 
 def attention_forward(
@@ -77,10 +78,12 @@ _PACKED_ROWS = 1024
 
 
 def _packed_layers(attention: nn.Module, x: Tensor) -> tuple[Affine, Affine] | None:
-    """The layers for query, key and value as one, and the one for the output; None where they are no plain layers, or
-    x (..., C) has too few rows."""
+    """The layers for query, key and value as one, and the one for the output; None where they are no plain layers, x
+    (..., C) has too few rows, or nothing would be fused."""
+    if x.numel() < _PACKED_ROWS * x.shape[-1] or not branches.serves(x, (), ()):
+        return None
     layers = plain_affine(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    if layers is None or x.numel() < _PACKED_ROWS * x.shape[-1]:
+    if layers is None:
         return None
     *projections, output = layers
     weights, biases = zip(*projections, strict=True)
