@@ -51,8 +51,8 @@ void forward_of(const WindowAttentionForward& call) {
   });
 }
 
-// Computes all windows of a call that sums up gradients of the bias: `begin(compute)` and `finish(compute, run)` are
-// called around every run of windows that have one sum.
+// Computes all windows of a call that sums up gradients of the bias. The windows of a head are cut into `call.splits`
+// runs that have one sum each: `begin(compute, head)` and `finish(compute, head, run)` are called around them.
 template <class Window, class Call, class Begin, class Finish>
 void run_windows(const Call& call, bool sums_bias, Begin begin_run, Finish finish_run) {
   const WindowAttentionProblem& problem = call.problem;
@@ -67,15 +67,20 @@ void run_windows(const Call& call, bool sums_bias, Begin begin_run, Finish finis
     });
     return;
   }
-  parallel_for(problem.heads * call.splits, 1, [&](int64_t begin, int64_t end) {
+  const int64_t heads = problem.heads, splits = call.splits, windows = problem.batch * tasks.per_map();
+  parallel_for(splits * heads, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     Window compute(call, walk, Arena(scratch.data()));
-    for (int64_t run = begin; run < end; ++run) {
-      const int64_t head = run / call.splits, split = run % call.splits, count = problem.batch * tasks.per_map();
-      begin_run(compute);
-      run_tasks(compute, count * split / call.splits, count * (split + 1) / call.splits,
-                [&](int64_t i) { return tasks.task(i / tasks.per_map(), head, i % tasks.per_map()); });
-      finish_run(compute, run);
+    for (int64_t next = begin; next < end;) {
+      const int64_t split = next / heads, head = next % heads;
+      const int64_t in_turn = std::min({Window::heads_in_turn(call), heads - head, end - next});
+      for (int64_t h = head; h < head + in_turn; ++h) begin_run(compute, h);
+      run_tasks(compute, windows * split / splits * in_turn, windows * (split + 1) / splits * in_turn, [&](int64_t i) {
+        const int64_t window = i / in_turn;
+        return tasks.task(window / tasks.per_map(), head + i % in_turn, window % tasks.per_map());
+      });
+      for (int64_t h = head; h < head + in_turn; ++h) finish_run(compute, h, h * splits + split);
+      next += in_turn;
     }
   });
 }
@@ -85,9 +90,9 @@ void backward_of(const WindowAttentionBackward& call) {
   using T = typename Window::T;
   const int64_t bias_size = call.problem.queries() * call.problem.keys();
   run_windows<Window>(
-      call, call.bias_grad != nullptr, [](Window& compute) { compute.bias_grad().begin(); },
-      [&](Window& compute, int64_t run) {
-        compute.bias_grad().finish(static_cast<T*>(call.bias_grad) + run * bias_size);
+      call, call.bias_grad != nullptr, [](Window& compute, int64_t head) { compute.bias_grad(head).begin(); },
+      [&](Window& compute, int64_t head, int64_t run) {
+        compute.bias_grad(head).finish(static_cast<T*>(call.bias_grad) + run * bias_size);
       });
 }
 
@@ -99,10 +104,10 @@ void tangents_of(const WindowAttentionTangents& call) {
   const int64_t step = call.problem.heads * call.splits * bias_size;
   run_windows<Window>(
       call, call.bias_grad_t != nullptr,
-      [](Window& compute) {
+      [](Window& compute, int64_t) {
         for (BiasGrad<T>& grad_t : compute.bias_grads_t()) grad_t.begin();
       },
-      [&](Window& compute, int64_t run) {
+      [&](Window& compute, int64_t, int64_t run) {
         T* out = static_cast<T*>(call.bias_grad_t) + run * bias_size;
         for (const BiasGrad<T>& grad_t : compute.bias_grads_t()) grad_t.finish(out), out += step;
       });

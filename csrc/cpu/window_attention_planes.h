@@ -345,7 +345,8 @@ class BackwardPlanes {
 
   int64_t bytes() const { return bytes_; }
 
-  BiasGrad<T>& bias_grad() { return bias_grad_; }
+  static int64_t heads_in_turn(const WindowAttentionBackward&) { return 1; }  // their planes lie far apart
+  BiasGrad<T>& bias_grad(int64_t) { return bias_grad_; }
 
   void operator()(const Strip& strip, const Strip& next) {
     const Tokens query_tokens = walk_.queries(strip.row, strip.column),

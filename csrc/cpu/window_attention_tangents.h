@@ -76,6 +76,7 @@ class WindowTangents {
 
   int64_t bytes() const { return bytes_; }
 
+  static int64_t heads_in_turn(const WindowAttentionTangents&) { return 1; }
   std::vector<BiasGrad<T>>& bias_grads_t() { return bias_.grads_t(); }
 
   void operator()(const Item& item, const Item&) {

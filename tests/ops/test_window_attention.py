@@ -401,9 +401,9 @@ def test_scratch_of_the_forward_is_under_a_hundredth_of_the_scores(case, threads
 
 @pytest.mark.parametrize("case", swin_stages(), ids=str)
 def test_scratch_of_the_backward_is_that_of_one_map(case, threads):
-    """It does not grow with the batch, the heads or the map."""
+    """It does not grow with the batch, the map, or more heads than the three that are taken in turn."""
     threads(1)
-    one = Case(size=(14, 14), shift=case.shift, heads=1, batch=1)  # with a window of every kind
+    one = Case(size=(14, 14), shift=case.shift, heads=3, batch=1)  # with a window of every kind
     results = [scratch_of(functools.partial(fused, c, make_inputs(c, torch.float32))) for c in (one, case)]
     assert results[0] == results[1]
 
