@@ -318,7 +318,6 @@ class TokenPlanes {
   // Of a strip whose first window has these tokens.
   Prefetch prefetch(const Strip& strip, const Tokens& tokens, int64_t steps) const {
     constexpr int64_t size = sizeof(S);
-    if (in_place_) return {nullptr, 0, 0, 0, 1, 0, steps};  // the next strip is adjacent: processors foresee that
     const S* data = first_element<S>(view_, strip.batch, strip.head, tokens);
     const int64_t rows = tokens.rows.size, row = (strip.windows * tokens.columns.size - 1) * view_.stride[2] + 1;
     const bool adjacent = view_.stride[1] == row;
