@@ -496,7 +496,8 @@ def _check_bias(bias: Tensor | None, query: Tensor, window: tuple[int, int], rat
             f"bias must have the shape {expected}, or (1, {expected[1]}, {expected[2]}) to be shared by all heads, "
             f"for {heads} heads and window_size = {window}; got {tuple(bias.shape)}"
         )
-    return bias.to(_score_dtype(query.dtype))
+    dtype = _score_dtype(query.dtype)
+    return bias if bias.dtype == dtype else bias.to(dtype)  # which takes a microsecond even so
 
 
 def _check_score_bias(bias: Tensor | None, dtype: torch.dtype, scores: tuple[int, ...]) -> Tensor | None:

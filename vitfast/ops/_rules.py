@@ -87,6 +87,14 @@ def is_launched(operator: str, backend: str, tensors: tuple[Tensor | None, ...])
 # ---- registered operators ------------------------------------------------------------------------------------------
 
 
+def call_operator(operator, *arguments):
+    """The operator; in eager mode without its registered rules of autograd, which take as long as a small kernel."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 class _DefinedForTangents:
     """What `torch.library.register_autograd` takes as a library; see `register_autograd`."""
 

@@ -34,6 +34,7 @@ from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._rules import (
     bias_grad_like,
+    call_operator,
     fold,
     fold_bias,
     forward_ad_active,
@@ -128,16 +129,21 @@ def _backward_operator(qkv: tuple[Tensor, ...]):
 
 def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor, Tensor]:
     """The output, and per query and head the logsumexp of its scores, (B, heads, N), empty if not asked for."""
-    run = _triton_forward if is_launched(NAME, spec.backend, (bias, *qkv)) else _operator(qkv)
-    return run(*qkv, bias, spec.scale, return_lse)
+    arguments = (*qkv, bias, spec.scale, return_lse)
+    if is_launched(NAME, spec.backend, (bias, *qkv)):
+        return _triton_forward(*arguments)
+    return call_operator(_operator(qkv), *arguments)
 
 
 def _backward(
     spec: Spec, bias: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor, qkv: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The gradients of ``qkv``, followed by that of the bias if there is one."""
-    run = _triton_backward if is_launched(NAME, spec.backend, (bias, grad, *qkv)) else _backward_operator(qkv)
-    grads = run(grad, *qkv, bias, out, lse, spec.scale)
+    arguments = (grad, *qkv, bias, out, lse, spec.scale)
+    if is_launched(NAME, spec.backend, (bias, grad, *qkv)):
+        grads = _triton_backward(*arguments)
+    else:
+        grads = call_operator(_backward_operator(qkv), *arguments)
     return grads[:-1] if bias is None else grads
 
 

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._rules import (
+    call_operator,
     forward_ad_active,
     forward_ad_is_nested,
     is_batched_gradient,
@@ -117,19 +118,19 @@ def _forward(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | No
     activation = ACTIVATIONS.index(spec.activation)
     values = (_per_channel(v, x) for v in (scale, shift))
     arguments = (_dense(x), _taps(kernel), *spec.numbers, *values, activation, spec.temperature)
-    return _call(torch.ops.vitfast.blur_pool2d.default, *arguments)
+    return call_operator(torch.ops.vitfast.blur_pool2d.default, *arguments)
 
 
 def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
     """The blur's transpose of ``grad``: (B, C, *size)."""
     arguments = (_dense(grad), None, _taps(kernel), list(size), *spec.numbers, None, None, 0, 1.0)
-    return _call(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
+    return call_operator(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
 
 
 def _backward(grad, x, kernel, scale, shift, spec, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, scale and shift through the prologue; of the last two, those that are ``wanted``."""
     x = _dense(x)
-    grad_x, grad_scale, grad_shift = _call(
+    grad_x, grad_scale, grad_shift = call_operator(
         torch.ops.vitfast.blur_pool2d_backward.default,
         grad.contiguous(memory_format=_memory_format(x)),  # what was saved may be laid out otherwise than x was
         x,
@@ -146,14 +147,6 @@ def _backward(grad, x, kernel, scale, shift, spec, wanted) -> tuple[Tensor, Tens
         grad_scale.to(scale.dtype) if of_scale else None,
         grad_shift.to(shift.dtype) if of_shift else None,
     )
-
-
-def _call(operator, *arguments):
-    """The operator; in eager mode without its registered rules of autograd, which take as long as a small kernel."""
-    if torch.compiler.is_compiling():
-        return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

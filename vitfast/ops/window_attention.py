@@ -31,6 +31,7 @@ from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._rules import (
     bias_grad_like,
+    call_operator,
     fold,
     fold_bias,
     forward_ad_active,
@@ -126,7 +127,8 @@ def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_ls
         from vitfast.kernels import window_attention as kernels
 
         return kernels.forward(*_unpack(qkv), bias, spec.window_size, spec.shift, spec.scale, return_lse)
-    return _operator(qkv)(*qkv, bias, list(spec.window_size), list(spec.shift), spec.scale, return_lse)
+    arguments = (*qkv, bias, list(spec.window_size), list(spec.shift), spec.scale, return_lse)
+    return call_operator(_operator(qkv), *arguments)
 
 
 def _backward(
@@ -136,7 +138,8 @@ def _backward(
     if is_launched(NAME, spec.backend, (bias, grad, *qkv)):
         grads = _triton_backward(grad, *qkv, bias, lse, spec.window_size, spec.shift, spec.scale)
     else:
-        grads = _backward_operator(qkv)(grad, *qkv, bias, lse, list(spec.window_size), list(spec.shift), spec.scale)
+        arguments = (grad, *qkv, bias, lse, list(spec.window_size), list(spec.shift), spec.scale)
+        grads = call_operator(_backward_operator(qkv), *arguments)
     return grads[:-1] if bias is None else grads
 
 
