@@ -219,23 +219,35 @@ class AttentionBackwardHead {
 
   int64_t bytes() const { return bytes_; }
 
-  // bias_sum, (N or 1, M), is what the gradients of the scores are added to, if it is not null.
-  void operator()(int64_t batch, int64_t head, T* bias_sum) {
+  // bias_sum, (N or 1, M), is what the gradients of the scores are added to, if it is not null. Meanwhile it prefetches
+  // what `next` will read and write.
+  void operator()(const Head& head, const Head& next, T* bias_sum) {
     for (SequenceRows<S>* rows : {&key_, &value_, &grad_key_, &grad_value_}) {
-      rows->select(batch, head, 0, problem_.keys);
+      rows->select(head.batch, head.head, 0, problem_.keys);
     }
     key_.gather();
     value_.gather();
-    bias_.select(batch, head);
-    const T* lse = lse_ + (batch * problem_.heads + head) * problem_.queries;
+    bias_.select(head.batch, head.head);
+    const T* lse = lse_ + (head.batch * problem_.heads + head.head) * problem_.queries;
+    const bool ahead = prefetches();
+    const int64_t steps = std::max<int64_t>(1, 2 * blocks_.count() * parts(problem_.keys, kMostKeys));
+    Prefetch prefetch[] = {
+        query_.prefetch(next, problem_.queries, steps),      grad_.prefetch(next, problem_.queries, steps),
+        key_.prefetch(next, problem_.keys, steps),           value_.prefetch(next, problem_.keys, steps),
+        grad_query_.prefetch(next, problem_.queries, steps), grad_key_.prefetch(next, problem_.keys, steps),
+        grad_value_.prefetch(next, problem_.keys, steps)};
     for (int64_t index = 0; index < blocks_.count(); ++index) {
       const QueryBlock block = blocks_[index];
       for (SequenceRows<S>* rows : {&query_, &grad_, &grad_query_}) {
-        rows->select(batch, head, block.first, block.queries());
+        rows->select(head.batch, head.head, block.first, block.queries());
       }
       query_.gather();
       grad_.gather();
-      differentiate(block, lse + block.first, bias_sum);
+      differentiate(block, lse + block.first, bias_sum, [&] {
+        for (Prefetch& rows : prefetch) {
+          if (ahead) rows.advance(false);
+        }
+      });
       grad_query_.scatter();
     }
     grad_key_.scatter();
@@ -246,7 +258,15 @@ class AttentionBackwardHead {
   static constexpr int64_t kWidth = QueryBlocks<T>::kMostVectors * kLanes<T>;
   static constexpr int64_t kRow = kWidth + kLanes<T>;  // of P^T and dS^T: the lone query's column is behind the vectors
 
-  void differentiate(const QueryBlock& block, const T* lse, T* bias_sum) {
+  // Whether the next head has room in the second-level cache beside the one at work.
+  bool prefetches() const {
+    constexpr int64_t kRoom = 448 << 10;
+    return (3 * problem_.queries + 4 * problem_.keys) * problem_.dim * static_cast<int64_t>(sizeof(S)) <= kRoom;
+  }
+
+  // Calls `meanwhile` twice for every block of keys.
+  template <class F>
+  void differentiate(const QueryBlock& block, const T* lse, T* bias_sum, F meanwhile) {
     const int64_t dim = problem_.dim;
     const int64_t lone = block.vectors * kLanes<T>;  // the lone query's column: the others then fill their vectors
     alignas(64) T block_lse[kRow] = {}, factor[kRow] = {}, delta[kRow] = {};
@@ -264,6 +284,7 @@ class AttentionBackwardHead {
         exponentiate_columns(first, keys, v, load(block_lse + v), factor + v, delta + v);
       }
       if (block.lone) exponentiate_lone(block, first, keys, block_lse[lone], factor[lone], delta[lone]);
+      meanwhile();
     });
     // `factor` and `delta` hold the sums of P and of P dP so far. P is divided by its sum, which the rounding of lse
     // keeps from being 1: the rows of dS then add up to 0.
@@ -288,6 +309,7 @@ class AttentionBackwardHead {
       add_over_queries(block, scores_grad_, query_, scale_, grad_key_, first, keys);
       add_over_queries(block, probabilities_, grad_, T{1}, grad_value_, first, keys);
       if (bias_sum != nullptr) add_bias_grad(block, first, keys, bias_sum);
+      meanwhile();
     });
     transpose_rows<T>([&](int64_t d) { return grad_query_transposed_.row(d); }, dim, block.count, grad_query_.row(0),
                       grad_query_.stride());
@@ -416,7 +438,7 @@ void attention_backward_of(const AttentionBackward& call) {
     for (int64_t run = begin; run < end; ++run) {
       T* sum = call.bias_grad == nullptr ? nullptr : static_cast<T*>(call.bias_grad) + run * bias_size;
       if (sum != nullptr) std::fill_n(sum, bias_size, T{0});
-      runs.for_each_head(run, [&](int64_t batch, int64_t head) { differentiate(batch, head, sum); });
+      runs.for_each_head(run, [&](const Head& head, const Head& next) { differentiate(head, next, sum); });
     }
   });
 }

@@ -2,10 +2,16 @@
 #pragma once
 
 #include "cpu/attention.h"
+#include "cpu/prefetch.h"
 #include "cpu/softmax.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
+
+// One head of one image.
+struct Head {
+  int64_t batch, head;
+};
 
 // One tensor's tokens of one head, as rows [count][D].
 //
@@ -32,6 +38,13 @@ class SequenceRows {
   void select(int64_t batch, int64_t head, int64_t first, int64_t count) {
     data_ = static_cast<S*>(view_.data) + batch * view_.stride[0] + head * view_.stride[1] + first * view_.stride[2];
     count_ = count;
+  }
+
+  // Of all `count` tokens of a head; of no use to tokens whose elements lie apart.
+  Prefetch prefetch(const Head& head, int64_t count, int64_t steps) const {
+    constexpr int64_t size = sizeof(S);
+    const S* data = static_cast<const S*>(view_.data) + head.batch * view_.stride[0] + head.head * view_.stride[1];
+    return {data, 0, view_.stride[2] * size, 1, count, view_.stride[3] == 1 ? dim_ * size : 0, steps};
   }
 
   void gather() {
@@ -213,17 +226,29 @@ class HeadRuns {
 
   int64_t count() const { return groups_ * splits_; }
 
-  // Calls f(batch, head).
+  // Calls f(head, next), where `next` is the head that follows, perhaps in the next run.
   template <class F>
   void for_each_head(int64_t run, F f) const {
-    const int64_t group = run / splits_, split = run % splits_, members = batch_per_group_ * heads_per_group_;
-    for (int64_t i = members * split / splits_; i < members * (split + 1) / splits_; ++i) {
-      f(group / heads_ * batch_per_group_ + i / heads_per_group_,
-        group % heads_ * heads_per_group_ + i % heads_per_group_);
+    const int64_t begin = first_of(run % splits_), end = first_of(run % splits_ + 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const Head head = at(run, i);
+      if (i + 1 < end) {
+        f(head, at(run, i + 1));
+      } else {
+        f(head, run + 1 < count() ? at(run + 1, first_of((run + 1) % splits_)) : head);
+      }
     }
   }
 
  private:
+  // Of the heads of a group, the first of a split.
+  int64_t first_of(int64_t split) const { return batch_per_group_ * heads_per_group_ * split / splits_; }
+  Head at(int64_t run, int64_t i) const {
+    const int64_t group = run / splits_;
+    return {group / heads_ * batch_per_group_ + i / heads_per_group_,
+            group % heads_ * heads_per_group_ + i % heads_per_group_};
+  }
+
   int64_t heads_, batch_per_group_, heads_per_group_, splits_, groups_;
 };
 

@@ -63,10 +63,10 @@ class SequenceTangents {
 
   int64_t bytes() const { return bytes_; }
 
-  void operator()(int64_t batch, int64_t head, T* bias_sums, int64_t step) {
-    bias_.select(batch, head, bias_sums, step);
+  void operator()(const Head& head, T* bias_sums, int64_t step) {
+    bias_.select(head.batch, head.head, bias_sums, step);
     const auto select = [&](SequenceRows<S>& rows, bool of_queries) {
-      rows.select(batch, head, 0, of_queries ? problem_.queries : problem_.keys);
+      rows.select(head.batch, head.head, 0, of_queries ? problem_.queries : problem_.keys);
     };
     head_(problem_.queries, problem_.keys, select, bias_);
   }
@@ -91,7 +91,7 @@ void attention_tangents_of(const AttentionTangents& call) {
     for (int64_t run = begin; run < end; ++run) {
       T* sums = call.bias_grad_t == nullptr ? nullptr : static_cast<T*>(call.bias_grad_t) + run * bias_size;
       for (int64_t k = 0; sums != nullptr && k < call.count; ++k) std::fill_n(sums + k * step, bias_size, T{0});
-      runs.for_each_head(run, [&](int64_t batch, int64_t head) { differentiate(batch, head, sums, step); });
+      runs.for_each_head(run, [&](const Head& head, const Head&) { differentiate(head, sums, step); });
     }
   });
 }
