@@ -66,10 +66,12 @@ class AttentionForwardBlock {
 
   int64_t bytes() const { return bytes_; }
 
-  // Block `index` of the queries of one head.
+  // Block `index` of the queries of one head. Meanwhile it prefetches what the head after it will read and write.
   void operator()(int64_t batch, int64_t head, int64_t index) {
     if (batch != batch_ || head != head_) {
       batch_ = batch, head_ = head;
+      const int64_t heads = problem_.heads, next = batch * heads + head + 1;
+      prefetch_ = prefetch_of(next < problem_.batch * heads ? Head{next / heads, next % heads} : Head{batch, head});
       for (SequenceRows<S>* rows : {&key_, &value_}) {
         rows->select(batch, head, 0, problem_.keys);
         rows->gather();
@@ -91,6 +93,17 @@ class AttentionForwardBlock {
 
   int64_t most_keys() const { return std::min(problem_.keys, kMostKeys); }
 
+  // Taken in as many steps as `attend` makes for all blocks of a head.
+  std::array<Prefetch, 4> prefetch_of(const Head& head) const {
+    const int64_t queries = problem_.queries, keys = problem_.keys;
+    const int64_t steps = std::max<int64_t>(1, 2 * blocks_.count() * parts(keys, kMostKeys));
+    return {query_.prefetch(head, queries, steps), key_.prefetch(head, keys, steps), value_.prefetch(head, keys, steps),
+            out_.prefetch(head, queries, steps)};
+  }
+  void fetch_ahead() {
+    for (Prefetch& rows : prefetch_) rows.advance(false);
+  }
+
   // All queries of the block but a lone one.
   void attend(const QueryBlock& block, T* lse) {
     constexpr int L = kLanes<T>;
@@ -104,7 +117,9 @@ class AttentionForwardBlock {
       gemm<T>(keys, block.vectors,
               {dim, key_.rows(), first, query_transposed_.rows(), scores_.rows(), 0, scale_, nullptr,
                bias_.rows(block, first, keys), 0});
+      fetch_ahead();
       for (int64_t v = 0; v < block.vectors; ++v) add_block(keys, v * L, first > 0, top + v * L, sum + v * L);
+      fetch_ahead();
       gemm<T>(dim, block.vectors,
               {keys, value_.transposed(first), 0, scores_.rows(), out_transposed_.rows(), 0, T{1}, nullptr,
                first > 0 ? Rows<const T>(out_transposed_.rows()) : Rows<const T>{}, 0});
@@ -186,6 +201,7 @@ class AttentionForwardBlock {
   T* lone_scores_;                                        // [keys]
   T scale_;
   int64_t batch_ = -1, head_ = -1;
+  std::array<Prefetch, 4> prefetch_ = prefetch_of({0, 0});
   int64_t bytes_;
 };
 
