@@ -10,9 +10,9 @@
 namespace vitfast::cpu::VITFAST_ISA {
 namespace {
 
-// How many heads a backward takes in turn, window by window. Heads lie side by side in memory: in turn they share pages
-// and the rows that processors fetch ahead, which two heads halve and more than three gain nothing from. Each takes
-// room for its bias and the sum of its gradients.
+// How many heads a backward takes in turn, window by window. Heads lie side by side in memory: in turn they share
+// pages, and what processors fetch ahead by themselves. More gain no more, and each takes room for its bias and the sum
+// of its gradients.
 inline constexpr int64_t kHeadsInTurn = 3;
 
 // Single windows, as tasks.
@@ -212,19 +212,19 @@ class BackwardTokens {
   }
 
  private:
-  struct Head {
+  struct HeadBias {
     WindowBias<T> bias;
     BiasGrad<T> bias_grad;
   };
-  static std::vector<Head> heads_of(const WindowAttentionBackward& call, const Walk<T>& walk, Arena& arena) {
-    std::vector<Head> heads;
+  static std::vector<HeadBias> heads_of(const WindowAttentionBackward& call, const Walk<T>& walk, Arena& arena) {
+    std::vector<HeadBias> heads;
     for (int64_t i = 0; i < heads_in_turn(call); ++i) {
       heads.push_back({{walk, true, arena}, {walk, call.bias_grad != nullptr, arena}});
     }
     return heads;
   }
   // Heads that are taken in turn follow one another.
-  Head& of_head(int64_t head) { return heads_[head % static_cast<int64_t>(heads_.size())]; }
+  HeadBias& of_head(int64_t head) { return heads_[head % static_cast<int64_t>(heads_.size())]; }
 
   Rows<const T> transposed(const Matrix<T>& matrix) const { return {matrix.row(0), nullptr, matrix.columns()}; }
 
@@ -232,7 +232,7 @@ class BackwardTokens {
   const T* lse_;
   TokenRows<S> grad_, query_, key_, value_, grad_query_, grad_key_, grad_value_;
   bool wants_bias_grad_;
-  std::vector<Head> heads_;
+  std::vector<HeadBias> heads_;
   Matrix<T> key_transposed_, value_transposed_;  // [D][keys but the lone one]
   Matrix<T> probabilities_, scores_grad_;        // [queries][keys]
   T *lone_key_, *lone_value_;                    // [D]
