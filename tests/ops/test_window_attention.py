@@ -65,6 +65,8 @@ CASES = [
     # enough windows for the bias's gradient to be summed in several parts
     Case(size=(32, 34), window=(2, 2), shift=(1, 1), heads=2, dim=4),
     Case(size=(33, 32), window=(2, 2), heads=2, dim=4, bias="shared", packed=True),
+    # more heads than a backward takes in turn, and not a multiple of them
+    Case(size=(9, 8), window=(4, 4), shift=(2, 1), heads=7, dim=16, packed=True),
 ]
 
 
@@ -366,11 +368,12 @@ def test_row_without_any_key_is_nan_as_in_plain_pytorch(instruction_set):
 @pytest.mark.parametrize("bias", [None, "shared", "per head"], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 def test_same_bits_in_every_run_with_any_number_of_threads(dtype, bias, packed, threads):
-    case = Case(size=(40, 41), window=(4, 4), shift=(2, 2), dim=16, batch=3, bias=bias, packed=packed)
+    """Threads cut the heads that a backward takes in turn, and the runs of windows, anywhere."""
+    case = Case(size=(40, 41), window=(4, 4), shift=(2, 2), heads=7, dim=16, batch=3, bias=bias, packed=packed)
     inputs = make_inputs(case, dtype)
     threads(1)
     first = fused(case, inputs)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 5):
         threads(count)
         for result, before in zip(fused(case, inputs), first, strict=True):
             assert before is None or torch.equal(result, before)
