@@ -265,6 +265,13 @@ def _sliced(x: Tensor, dim: int) -> Tensor:
     return view.copy_(x)
 
 
+def _cropped(x: Tensor) -> Tensor:
+    """The same values as a part of channels-first maps that are higher and wider, which are NaN elsewhere."""
+    batch, height, width, heads, dim = x.shape
+    whole = x.new_full((batch, heads, dim, height + 1, width + 3), torch.nan).permute(0, 3, 4, 1, 2)
+    return whole[:, :height, 1 : width + 1].copy_(x)
+
+
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "heads_first": lambda x: restride(x, (0, 3, 1, 2, 4)),  # (B, heads, H, W, D) in memory
@@ -275,5 +282,6 @@ LAYOUTS = {
     "sliced_width": lambda x: _sliced(x, 2),
     "sliced_heads": lambda x: _sliced(x, 3),
     "channels_first_sliced": lambda x: _sliced(restride(x, (0, 3, 4, 1, 2)), 2),
+    "channels_first_cropped": _cropped,
 }
 """Names of memory layouts of a (B, H, W, heads, D) tensor -> functions that bring one into it."""

@@ -6,6 +6,8 @@
 
 namespace vitfast::cpu::VITFAST_ISA {
 
+inline void prefetch_into_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // Fetches runs of memory into the caches, a few at a time, while other work goes on.
 class Prefetch {
  public:

@@ -9,7 +9,7 @@
 // What is saved for the backward is lse alone.
 #pragma once
 
-#include "cpu/window_attention_planes.h"
+#include "cpu/window_attention_squares.h"
 #include "cpu/window_attention_tangents.h"
 
 namespace vitfast::cpu::VITFAST_ISA {
@@ -119,7 +119,11 @@ bool as_planes(std::initializer_list<const MapView*> maps) {
 }
 
 void forward(const WindowAttentionForward& call) {
-  const bool planes = as_planes({&call.query, &call.key, &call.value, &call.out});
+  const auto maps = {&call.query, &call.key, &call.value, &call.out};
+#if VITFAST_VECTOR_BYTES == 64
+  if (in_squares(call.problem, maps)) return forward_of<ForwardSquares>(call);
+#endif
+  const bool planes = as_planes(maps);
   with_storage(call.problem.storage, [&](auto s) {
     using S = decltype(s);
     planes ? forward_of<ForwardPlanes<S>>(call) : forward_of<ForwardTokens<S>>(call);
@@ -127,8 +131,12 @@ void forward(const WindowAttentionForward& call) {
 }
 
 void backward(const WindowAttentionBackward& call) {
-  const bool planes =
-      as_planes({&call.grad, &call.query, &call.key, &call.value, &call.grad_query, &call.grad_key, &call.grad_value});
+  const auto maps = {&call.grad,       &call.query,    &call.key,       &call.value,
+                     &call.grad_query, &call.grad_key, &call.grad_value};
+#if VITFAST_VECTOR_BYTES == 64
+  if (in_squares(call.problem, maps)) return backward_of<BackwardSquares>(call);
+#endif
+  const bool planes = as_planes(maps);
   with_storage(call.problem.storage, [&](auto s) {
     using S = decltype(s);
     planes ? backward_of<BackwardPlanes<S>>(call) : backward_of<BackwardTokens<S>>(call);

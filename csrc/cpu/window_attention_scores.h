@@ -44,6 +44,11 @@ struct Walk {
       std::copy_n(values + y * width, width, map + statistics(batch, head, tokens, y));
     }
   }
+  // That map, as one of a single channel.
+  MapView statistics_view() const {
+    const int64_t width = problem.columns.size, map = problem.rows.size * width;
+    return {nullptr, {problem.heads * map, width, 1, map, 0}};
+  }
   // As many windows as are worth a thread.
   int64_t grain() const {
     constexpr int64_t kWorthwhile = 1 << 20;  // multiply-adds, some 20 microseconds

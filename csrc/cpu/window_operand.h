@@ -166,25 +166,32 @@ struct MoveRows {
 };
 
 #if VITFAST_VECTOR_BYTES == 64
-// Four rows of 16 bytes: one vector of the plane.
-template <class T>
+// A square of 4x4 values, its rows `stride` apart, is one vector.
+inline constexpr int64_t kSquareSide = 4;
+
+inline Vec<float> load_square(const float* p, int64_t stride) {
+  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(p + stride), 1);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 2 * stride), 2);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 3 * stride), 3);
+  return (Vec<float>)x;
+}
+inline void store_square(float* p, int64_t stride, Vec<float> square) {
+  const __m512 x = (__m512)square;
+  _mm_storeu_ps(p, _mm512_castps512_ps128(x));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(x, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(x, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(x, 3));
+}
+
+// Rows of a square, moved as one vector.
 struct MoveSquare {
-  static bool fits(int64_t width, int64_t height) { return width * sizeof(T) == 16 && height == 4; }
-  static void gather(T* plane, const T* map, int64_t stride, int64_t, int64_t) {
-    const auto row = [&](int y) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(map + y * stride)); };
-    __m512i x = _mm512_castsi128_si512(row(0));
-    x = _mm512_inserti32x4(x, row(1), 1);
-    x = _mm512_inserti32x4(x, row(2), 2);
-    x = _mm512_inserti32x4(x, row(3), 3);
-    _mm512_storeu_si512(plane, x);
+  static bool fits(int64_t width, int64_t height) { return width == kSquareSide && height == kSquareSide; }
+  static void gather(float* plane, const float* map, int64_t stride, int64_t, int64_t) {
+    store(plane, load_square(map, stride));
   }
-  static void scatter(const T* plane, T* map, int64_t stride, int64_t, int64_t) {
-    const auto row = [&](int y) { return reinterpret_cast<__m128i*>(map + y * stride); };
-    const __m512i x = _mm512_loadu_si512(plane);
-    _mm_storeu_si128(row(0), _mm512_castsi512_si128(x));
-    _mm_storeu_si128(row(1), _mm512_extracti32x4_epi32(x, 1));
-    _mm_storeu_si128(row(2), _mm512_extracti32x4_epi32(x, 2));
-    _mm_storeu_si128(row(3), _mm512_extracti32x4_epi32(x, 3));
+  static void scatter(const float* plane, float* map, int64_t stride, int64_t, int64_t) {
+    store_square(map, stride, load(plane));
   }
 };
 #endif
@@ -222,7 +229,9 @@ void with_mover(int64_t width, int64_t height, int64_t step, F f) {
   if constexpr (std::is_same_v<S, Compute<S>>) {
     if (step == 1) {
 #if VITFAST_VECTOR_BYTES == 64
-      if (MoveSquare<S>::fits(width, height)) return f(MoveSquare<S>());
+      if constexpr (std::is_same_v<S, float>) {
+        if (MoveSquare::fits(width, height)) return f(MoveSquare());
+      }
 #endif
       if (MoveRows<S, 64>::fits(width, height)) return f(MoveRows<S, 64>());
       if (MoveRows<S, 32>::fits(width, height)) return f(MoveRows<S, 32>());

@@ -105,14 +105,17 @@ def test_every_remainder_of_the_tokens_of_a_window(tokens, instruction_set):
 LAYOUT_CASE = Case(size=(9, 8), window=(4, 4), shift=(2, 1), dim=20)
 
 
+def relaid(inputs, layout):
+    return Inputs(*(LAYOUTS[layout](t) for t in inputs[:3]), inputs.bias, LAYOUTS[layout](inputs.grad))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [16, 20])
 def test_layouts(layout, dim, dtype, instruction_set):
     case = LAYOUT_CASE.but(dim=dim)
     inputs, plain_results, exact_results = expected(case, dtype)
-    relaid = Inputs(*(LAYOUTS[layout](t) for t in inputs[:3]), inputs.bias, LAYOUTS[layout](inputs.grad))
-    assert_results_close(fused(case, relaid), plain_results, exact_results)
+    assert_results_close(fused(case, relaid(inputs, layout)), plain_results, exact_results)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,52 @@ def test_layouts_mix(names):
     query, key, value, grad = (LAYOUTS[name](t) for name, t in zip(names, tensors, strict=True))
     relaid = Inputs(query, key, value, inputs.bias.mT.contiguous().mT, grad)
     assert_results_close(fused(LAYOUT_CASE, relaid), plain_results, exact_results)
+
+
+# Windows of 4x4 tokens that fill a channels-first map have a kernel of their own with AVX-512.
+SQUARES = Case(size=(8, 8), window=(4, 4), dim=16)
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [None, "shared", "per head"], ids=str)
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (16, 4), (4, 20), (8, 28)], ids=str)
+def test_squares_of_a_channels_first_map(size, bias, dtype, instruction_set):
+    case = SQUARES.but(size=size, bias=bias)
+    inputs, plain_results, exact_results = expected(case, dtype)
+    assert_results_close(fused(case, relaid(inputs, "channels_first")), plain_results, exact_results)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8, 33, 64])
+@pytest.mark.parametrize("scale", [None, -0.7], ids=str)
+def test_squares_of_every_head_dimension(dim, scale):
+    case = SQUARES.but(dim=dim, scale=scale)
+    inputs, plain_results, exact_results = expected(case, torch.float32)
+    assert_results_close(fused(case, relaid(inputs, "channels_first")), plain_results, exact_results)
+
+
+@pytest.mark.parametrize("name", ["batch_last", "channels_first_sliced", "channels_first_cropped", "contiguous"])
+def test_squares_where_one_or_all_maps_are_laid_out_otherwise(name):
+    inputs, plain_results, exact_results = expected(SQUARES, torch.float32)
+    names = ("query", "key", "value", "grad")
+    for which in (*((n,) for n in names), names):
+        mixed = relaid(inputs, "channels_first")
+        mixed = mixed._replace(**{n: LAYOUTS[name](getattr(inputs, n)) for n in which})
+        assert_results_close(fused(SQUARES, mixed), plain_results, exact_results)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("which", ["query", "key", "value", "grad"])
+def test_poison_stays_in_its_square(which, poison):
+    case = SQUARES.but(size=(8, 12), bias=None)
+    clean = relaid(make_inputs(case, torch.float32), "channels_first")
+    poisoned = clean.map(torch.clone)
+    getattr(poisoned, which)[1, 5, 6, 1, 4] = poison
+    touched = torch.zeros(clean.query.shape[:4], dtype=torch.bool)
+    touched[1, 4:8, 4:8, 1] = True
+    results = fused(case, poisoned)
+    for result, before in zip(results[:4], fused(case, clean)[:4], strict=True):
+        assert torch.equal(result[~touched], before[~touched])
+    assert not results.query[touched].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -371,6 +420,17 @@ def test_same_bits_in_every_run_with_any_number_of_threads(dtype, bias, packed, 
     """Threads cut the heads that a backward takes in turn, and the runs of windows, anywhere."""
     case = Case(size=(40, 41), window=(4, 4), shift=(2, 2), heads=7, dim=16, batch=3, bias=bias, packed=packed)
     inputs = make_inputs(case, dtype)
+    assert_same_bits_with_any_number_of_threads(case, inputs, threads)
+
+
+@pytest.mark.parametrize("bias", [None, "shared", "per head"], ids=str)
+def test_same_bits_of_squares_with_any_number_of_threads(bias, threads):
+    case = SQUARES.but(size=(20, 36), heads=7, batch=3, bias=bias)
+    inputs = relaid(make_inputs(case, torch.float32), "channels_first")
+    assert_same_bits_with_any_number_of_threads(case, inputs, threads)
+
+
+def assert_same_bits_with_any_number_of_threads(case, inputs, threads):
     threads(1)
     first = fused(case, inputs)
     for count in (1, 2, 3, 5):
