@@ -33,11 +33,12 @@ inline void check_map(const Tensor& x, bool channels_last) {
              "maps must be contiguous or channels_last, and all alike");
 }
 
-// A (B, C, H, W) tensor, in memory as (B, H, W, C) if it is to be channels_last.
-inline Tensor new_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
+// A (B, C, H, W) tensor, in memory as (B, H, W, C) if it is to be channels_last, from new_tensor(like, sizes).
+template <class New>
+Tensor new_map(const Tensor& like, int64_t height, int64_t width, bool channels_last, New new_tensor) {
   const int64_t batch = like.size(0), channels = like.size(1);
-  if (!channels_last) return torch::stable::new_empty(like, {batch, channels, height, width});
-  const Tensor pixels = torch::stable::new_empty(like, {batch, height, width, channels});
+  if (!channels_last) return new_tensor(like, {batch, channels, height, width});
+  const Tensor pixels = new_tensor(like, {batch, height, width, channels});
   return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2);
 }
 

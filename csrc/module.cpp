@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "cpu/results.h"
 #include "cpu/scratch.h"
 
 namespace py = pybind11;
@@ -59,4 +60,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("poison_scratch", &Scratch::poison, py::arg("poisoned"),
         "Whether scratch memory is full of NaN before kernels write to it: for tests.");
   m.def("reset_scratch_bytes", &ScratchMeter::reset, "Starts the measurement of scratch_bytes anew.");
+  m.def("keep_result_bytes", &keep_result_bytes, py::arg("limit"),
+        "Keeps up to so many bytes of the memory of freed results for later ones; 0: none. Returns the limit before.");
+  m.def("kept_result_bytes", &kept_result_bytes, "How much memory of freed results is kept.");
 }

@@ -62,7 +62,7 @@ def test_undefined_symbols_are_known():
         r"|_Z\w+|__cxa_\w+|__gxx_personality_v0|__dynamic_cast|__once_proxy"  # C++ runtime, seen to hold no torch above
         r"|__gmon_start__|_ITM_\w+|__stack_chk_fail|__cpu_\w+|_Unwind_\w+"  # compiler runtime
         r"|\w*mem(cpy|set|move|cmp|chr)\w*|\w*str\w+|malloc|calloc|realloc|free|abort|\w*printf\w*|__\w*_chk"
-        r"|__libc_single_threaded|__errno_location|__assert_fail|__tls_get_addr|pthread_\w+|std\w+|f?(put|write)\w*|dl\w+|erfc?|exp\w*|log\w*|sqrt\w*|tanh|sysconf|madvise"
+        r"|__libc_single_threaded|__errno_location|__assert_fail|__tls_get_addr|pthread_\w+|std\w+|f?(put|write)\w*|dl\w+|erfc?|exp\w*|log\w*|sqrt\w*|tanh|sysconf|madvise|m(un)?map|__register_atfork"
     )
     names = [re.sub(r"^[UwV] ", "", name).split("@")[0] for name in symbols("--undefined-only")]
     assert [name for name in names if not known.fullmatch(name)] == []

@@ -6,6 +6,7 @@ from vitfast.analysis import predict
 from vitfast.models import accelerate, create_model, list_models, load_weights, restore
 from vitfast.ops._extension import ExtensionError
 from vitfast.ops.backend import BackendError, backend
+from vitfast.ops.results import keep_result_memory
 
 __all__ = [
     "BackendError",
@@ -16,6 +17,7 @@ __all__ = [
     "create_model",
     "functional",
     "hessian",
+    "keep_result_memory",
     "list_models",
     "load_weights",
     "nn",

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/pages.h"
+#include "cpu/results.h"
 #include "cpu/tangents_of.h"
 #include "operators.h"
 
@@ -21,7 +21,8 @@ using cpu::AttentionProblem;
 using cpu::AttentionTangents;
 using cpu::Batch;
 using cpu::BiasView;
-using cpu::on_huge_pages;
+using cpu::new_result;
+using cpu::new_result_like;
 using cpu::SequenceView;
 using torch::headeronly::ScalarType;
 
@@ -173,15 +174,15 @@ Batch<BiasView> bias_batch_of(const std::optional<Tensor>& x, const std::optiona
 std::tuple<Tensor, Tensor> attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                          double scale, bool return_lse) {
   const Shape shape = shape_of(query, key, value);
-  const Tensor out = torch::stable::transpose(
-      on_huge_pages(torch::stable::new_empty(query, {shape.batch, shape.queries, shape.heads, shape.dim})), 1, 2);
+  const Tensor out =
+      torch::stable::transpose(new_result(query, {shape.batch, shape.queries, shape.heads, shape.dim}), 1, 2);
   return forward(shape, view_of(query), view_of(key), view_of(value), bias, scale, return_lse, out, view_of(out));
 }
 
 std::tuple<Tensor, Tensor> attention_qkvpacked_cpu(Tensor qkv, std::optional<Tensor> bias, double scale,
                                                    bool return_lse) {
   const Shape shape = shape_of(qkv);
-  const Tensor out = on_huge_pages(torch::stable::new_empty(qkv, {shape.batch, shape.queries, shape.heads, shape.dim}));
+  const Tensor out = new_result(qkv, {shape.batch, shape.queries, shape.heads, shape.dim});
   return forward(shape, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, scale, return_lse, out,
                  tokens_first_view(out));
 }
@@ -191,9 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad, T
                                                                   double scale) {
   const Shape shape = shape_of(query, key, value);
   check_outputs(shape, grad, out, false);
-  const Tensor grad_query = on_huge_pages(torch::stable::empty_like(query)),
-               grad_key = on_huge_pages(torch::stable::empty_like(key)),
-               grad_value = on_huge_pages(torch::stable::empty_like(value));
+  const Tensor grad_query = new_result_like(query), grad_key = new_result_like(key),
+               grad_value = new_result_like(value);
   const Tensor bias_grad =
       backward(shape, grad, view_of(grad), view_of(query), view_of(key), view_of(value), bias, lse, scale,
                view_of(grad_query), view_of(grad_key), view_of(grad_value), {grad_query, grad_key, grad_value});
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_backward_cpu(Tensor grad, Tensor 
                                                             Tensor out, Tensor lse, double scale) {
   const Shape shape = shape_of(qkv);
   check_outputs(shape, grad, out, true);
-  const Tensor grad_qkv = on_huge_pages(torch::stable::empty_like(qkv));
+  const Tensor grad_qkv = new_result_like(qkv);
   const Tensor bias_grad = backward(shape, grad, tokens_first_view(grad), packed_view(qkv, 0), packed_view(qkv, 1),
                                     packed_view(qkv, 2), bias, lse, scale, packed_view(grad_qkv, 0),
                                     packed_view(grad_qkv, 1), packed_view(grad_qkv, 2), {grad_qkv});

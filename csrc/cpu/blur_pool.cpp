@@ -13,7 +13,7 @@
 
 #include "blur_pool_maps.h"
 #include "cpu/dispatch.h"
-#include "cpu/pages.h"
+#include "cpu/results.h"
 #include "operators.h"
 
 namespace vitfast {
@@ -280,7 +280,7 @@ Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std
   const cpu::BlurPrologue prologue = prologue_of(x, scale, shift, activation, temperature);
   const Options options{stride, padding, padding_mode};
   BlurCall call = call_of(x, x.size(2), x.size(3), kernel, options, prologue, channels_last, false);
-  const Tensor out = cpu::on_huge_pages(new_map(x, call.out_height, call.out_width, channels_last));
+  const Tensor out = new_map(x, call.out_height, call.out_width, channels_last, cpu::new_result);
   call.in = x.data_ptr();
   call.out = out.data_ptr();
   if (!empty(out)) kernels().run(call);
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
   const Options options{stride, padding, padding_mode};
   BlurCall call = call_of(grad, size[0], size[1], kernel, options, prologue, channels_last, true);
   check_blur(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
-  const Tensor grad_x = cpu::on_huge_pages(new_map(grad, size[0], size[1], channels_last));
+  const Tensor grad_x = new_map(grad, size[0], size[1], channels_last, cpu::new_result);
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();
   Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);

@@ -47,6 +47,7 @@ class Scratch {
 
   // For tests: new blocks are full of NaN, so that what a kernel reads without having written it is seen.
   static void poison(bool poisoned) { poisoned_ = poisoned; }
+  static bool is_poisoned() { return poisoned_; }
 
  private:
   static inline std::atomic<bool> poisoned_{false};

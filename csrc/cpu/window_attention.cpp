@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/pages.h"
+#include "cpu/results.h"
 #include "cpu/tangents_of.h"
 #include "operators.h"
 
@@ -19,7 +19,7 @@ namespace {
 
 using cpu::Batch;
 using cpu::MapView;
-using cpu::on_huge_pages;
+using cpu::new_result_like;
 using cpu::WindowAttentionProblem;
 using cpu::WindowAttentionTangents;
 using torch::headeronly::ScalarType;
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,
                                                 double scale, bool return_lse) {
   return forward(shape_of(query, key, value), view_of(query), view_of(key), view_of(value), bias, window_size, shift,
-                 scale, return_lse, on_huge_pages(torch::stable::empty_like(query)));
+                 scale, return_lse, new_result_like(query));
 }
 
 std::tuple<Tensor, Tensor> window_attention_qkvpacked_cpu(Tensor qkv, std::optional<Tensor> bias,
@@ -203,16 +203,15 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_cpu(Tensor qkv, std::optio
                                                           double scale, bool return_lse) {
   const Shape shape = shape_of(qkv);
   return forward(shape, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, window_size, shift, scale,
-                 return_lse, on_huge_pages(torch::stable::empty_like(torch::stable::select(qkv, 3, 0))));
+                 return_lse, new_result_like(torch::stable::select(qkv, 3, 0)));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(Tensor grad, Tensor query, Tensor key,
                                                                          Tensor value, std::optional<Tensor> bias,
                                                                          Tensor lse, std::vector<int64_t> window_size,
                                                                          std::vector<int64_t> shift, double scale) {
-  const Tensor grad_query = on_huge_pages(torch::stable::empty_like(query)),
-               grad_key = on_huge_pages(torch::stable::empty_like(key)),
-               grad_value = on_huge_pages(torch::stable::empty_like(value));
+  const Tensor grad_query = new_result_like(query), grad_key = new_result_like(key),
+               grad_value = new_result_like(value);
   const Tensor bias_grad =
       backward(shape_of(query, key, value), grad, view_of(query), view_of(key), view_of(value), bias, lse, window_size,
                shift, scale, view_of(grad_query), view_of(grad_key), view_of(grad_value));
@@ -223,7 +222,7 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_backward_cpu(Tensor grad, 
                                                                    Tensor lse, std::vector<int64_t> window_size,
                                                                    std::vector<int64_t> shift, double scale) {
   const Shape shape = shape_of(qkv);
-  const Tensor grad_qkv = on_huge_pages(torch::stable::empty_like(qkv));
+  const Tensor grad_qkv = new_result_like(qkv);
   const Tensor bias_grad =
       backward(shape, grad, packed_view(qkv, 0), packed_view(qkv, 1), packed_view(qkv, 2), bias, lse, window_size,
                shift, scale, packed_view(grad_qkv, 0), packed_view(grad_qkv, 1), packed_view(grad_qkv, 2));

@@ -208,6 +208,10 @@ Call call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& ke
   return call;
 }
 
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes);
+}
+
 Tensor blur_pool2d_cuda(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                         int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
                         int64_t activation, double temperature) {
@@ -216,7 +220,7 @@ Tensor blur_pool2d_cuda(Tensor x, Tensor kernel, std::vector<int64_t> stride, st
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, x.size(2), x.size(3), kernel, stride, padding, padding_mode, scale, shift, activation,
                       temperature, channels_last, false);
-  const Tensor out = new_map(x, call.blur.rows.outputs, call.blur.columns.outputs, channels_last);
+  const Tensor out = new_map(x, call.blur.rows.outputs, call.blur.columns.outputs, channels_last, new_tensor);
   call.blur.in = x.data_ptr();
   call.blur.out = out.data_ptr();
   if (out.numel() > 0) run(call, x);
@@ -238,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cuda(Tensor grad, std::o
              "grad must have the size of the output");
   const bool prologue = call.blur.activation != BlurActivation::kNone || scale.has_value() || shift.has_value();
   check_blur(x.has_value() == prologue, "x is needed with a prologue, and only then");
-  const Tensor grad_x = new_map(grad, size[0], size[1], channels_last);
+  const Tensor grad_x = new_map(grad, size[0], size[1], channels_last, new_tensor);
   const int64_t channels = grad.size(1);
   Tensor sums = torch::stable::new_empty(grad, {2, prologue ? channels : 0}, ScalarType::Double);
   Tensor grad_scale = torch::stable::select(sums, 0, 0), grad_shift = torch::stable::select(sums, 0, 1);
