@@ -58,7 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scratch_bytes", &ScratchMeter::peak,
         "The most scratch memory that kernels held at one time since the last reset.");
   m.def("poison_scratch", &Scratch::poison, py::arg("poisoned"),
-        "Whether scratch memory is full of NaN before kernels write to it: for tests.");
+        "Whether scratch memory is full of NaN before kernels write to it, and results come from PyTorch: for tests.");
   m.def("reset_scratch_bytes", &ScratchMeter::reset, "Starts the measurement of scratch_bytes anew.");
   m.def("keep_result_bytes", &keep_result_bytes, py::arg("limit"),
         "Keeps up to so many bytes of the memory of freed results for later ones; 0: none. Returns the limit before.");

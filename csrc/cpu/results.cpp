@@ -9,6 +9,8 @@
 #include <iterator>
 #include <mutex>
 #include <numeric>
+#include <optional>
+#include <unordered_map>
 #include <utility>
 
 #include "cpu/scratch.h"
@@ -27,9 +29,153 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 namespace vitfast::cpu {
 namespace {
 
-constexpr int64_t kPage = int64_t{64} << 10, kHugePage = int64_t{2} << 20;
+#if defined(__linux__)
+
+// Below this malloc has a block at hand.
+constexpr int64_t kLeastBytes = int64_t{1} << 20;
+constexpr int64_t kDefaultLimit = int64_t{256} << 20;
+constexpr int64_t kGranule = int64_t{64} << 10;  // a multiple of every system's pages, so that their rest can go
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+int64_t bytes_of(const Tensor& like, int64_t elements) { return elements * static_cast<int64_t>(like.element_size()); }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Asks for huge pages where whole ones lie in the memory. An error means that there are none, which is no error here.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+  const auto begin = reinterpret_cast<int64_t>(data);
+  const int64_t first = round_up(begin, kHugePage), last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+// Memory from the system, from the beginning of a huge page on if it holds one; null if there is none.
+void* allocate(int64_t bytes) {
+  const int64_t spare = bytes >= kHugePage ? kHugePage : 0;
+  void* map = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (map == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(map);
+  const auto address = reinterpret_cast<int64_t>(map);
+  char* const data = begin + (spare == 0 ? 0 : round_up(address, kHugePage) - address);
+  if (data > begin) munmap(begin, data - begin);
+  if (const int64_t rest = begin + spare - data; rest > 0) munmap(data + bytes, rest);
+  ask_for_huge_pages(data, bytes);
+  return data;
+}
+
+// The memory of results: of those that live, and of freed ones. It is never destroyed, for results may be freed at the
+// very end of a program.
+class ResultMemory {
+ public:
+  static ResultMemory& instance() {
+    static ResultMemory* const memory = new ResultMemory;
+    return *memory;
+  }
+
+  int64_t kept_bytes() {
+    const std::lock_guard lock(mutex_);
+    return kept_bytes_;
+  }
+  int64_t set_limit(int64_t limit) {
+    std::vector<Block> surplus;
+    int64_t before;
+    {
+      const std::lock_guard lock(mutex_);
+      before = std::exchange(limit_, limit);
+      surplus = take_surplus();
+    }
+    release(surplus);
+    return before;
+  }
+
+  // Null if results of this size are not kept, or no memory is left. Sizes are rounded, by an eighth at most, so that
+  // similar results share their memory. The block that was freed last is the most likely to be in the caches.
+  void* take(int64_t least_bytes) {
+    int64_t step = kGranule;
+    while (step * 16 <= least_bytes) step *= 2;
+    const int64_t bytes = round_up(least_bytes, step);
+    void* data = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      if (bytes > limit_) return nullptr;
+      const auto found =
+          std::find_if(kept_.rbegin(), kept_.rend(), [&](const Block& block) { return block.bytes == bytes; });
+      if (found != kept_.rend()) {
+        data = found->data;
+        kept_.erase(std::next(found).base());
+        kept_bytes_ -= bytes;
+      }
+    }
+    if (data == nullptr) data = allocate(bytes);
+    if (data == nullptr) return nullptr;
+    const std::lock_guard lock(mutex_);
+    in_use_[data] = bytes;
+    return data;
+  }
+
+  void give(void* data) {
+    std::vector<Block> surplus;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = in_use_.find(data);
+      kept_.push_back({data, found->second});
+      kept_bytes_ += found->second;
+      in_use_.erase(found);
+      surplus = take_surplus();
+    }
+    release(surplus);
+  }
+
+ private:
+  struct Block {
+    void* data;
+    int64_t bytes;
+  };
+
+  ResultMemory() {
+    // A child process must not find the lock held by a thread that it does not have.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+  }
+
+  // What is kept beyond the limit, the oldest first.
+  std::vector<Block> take_surplus() {
+    auto end = kept_.begin();
+    for (; kept_bytes_ > limit_ && end != kept_.end(); ++end) kept_bytes_ -= end->bytes;
+    std::vector<Block> surplus(kept_.begin(), end);
+    kept_.erase(kept_.begin(), end);
+    return surplus;
+  }
+  // Without the lock: the system may take its time.
+  static void release(const std::vector<Block>& blocks) {
+    for (const Block& block : blocks) munmap(block.data, block.bytes);
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> kept_;  // the oldest first
+  std::unordered_map<void*, int64_t> in_use_;
+  int64_t kept_bytes_ = 0, limit_ = kDefaultLimit;
+};
+
+// Made before any thread that forks.
+[[maybe_unused]] const ResultMemory& kMade = ResultMemory::instance();
+
+std::optional<Tensor> on_kept_memory(const Tensor& like, int64_t bytes, const std::vector<int64_t>& sizes,
+                                     const std::vector<int64_t>& strides) {
+  // Poisoned: PyTorch fills its memory with NaN in tests, which shows what was not written.
+  if (torch_from_blob == nullptr || Scratch::is_poisoned()) return std::nullopt;
+  int32_t dtype;
+  if (aoti_torch_get_dtype(like.get(), &dtype) != AOTI_TORCH_SUCCESS) return std::nullopt;
+  void* const data = ResultMemory::instance().take(bytes);
+  if (data == nullptr) return std::nullopt;
+  AtenTensorHandle handle;
+  const AOTITorchError error = torch_from_blob(
+      data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+      -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* freed, void*) { ResultMemory::instance().give(freed); }, nullptr);
+  // After an error it is not known whether the deleter ran: nothing may be done with the memory.
+  if (error != AOTI_TORCH_SUCCESS) return std::nullopt;
+  return Tensor(handle);
+}
 
 // Whether elements fill the memory from the first to the last without holes or overlaps.
 bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
@@ -46,187 +192,59 @@ bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   });
 }
 
-#if defined(__linux__)
-
-// Below this malloc has a block at hand.
-constexpr int64_t kLeastBytes = int64_t{1} << 20;
-constexpr int64_t kDefaultLimit = int64_t{256} << 20;
-
-// Of those that lie in the memory as a whole. An error means that there are none, which is no error here.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-  const auto begin = reinterpret_cast<int64_t>(data);
-  const int64_t first = round_up(begin, kHugePage), last = (begin + bytes) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
-
-// Memory from the system, on huge pages where whole ones fit.
-struct Block {
-  void* data;
-  int64_t bytes;
-};
-
-Block* allocate(int64_t bytes) {
-  const int64_t spare = bytes >= kHugePage ? kHugePage : 0;  // to begin on a huge page
-  void* map = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (map == MAP_FAILED) return nullptr;
-  char* const begin = static_cast<char*>(map);
-  const auto address = reinterpret_cast<int64_t>(map);
-  char* const data = begin + (spare == 0 ? 0 : round_up(address, kHugePage) - address);
-  if (data > begin) munmap(begin, data - begin);
-  if (const int64_t rest = begin + spare - data; rest > 0) munmap(data + bytes, rest);
-  ask_for_huge_pages(data, bytes);
-  return new Block{data, bytes};
-}
-
-void release(Block* block) {
-  munmap(block->data, block->bytes);
-  delete block;
-}
-
-// The blocks of freed results. It is never destroyed, for results may be freed at the very end of the program.
-class Kept {
- public:
-  static Kept& instance() {
-    static Kept* const kept = new Kept;
-    return *kept;
-  }
-
-  bool keeps() {
-    const std::lock_guard lock(mutex_);
-    return limit_ > 0;
-  }
-  int64_t bytes() {
-    const std::lock_guard lock(mutex_);
-    return bytes_;
-  }
-  int64_t set_limit(int64_t limit) {
-    const std::lock_guard lock(mutex_);
-    const int64_t before = std::exchange(limit_, limit);
-    shrink();
-    return before;
-  }
-
-  // Sizes are rounded, by an eighth at most, so that similar results share their memory. The block that was freed last
-  // is the most likely to be in the caches.
-  Block* take(int64_t least_bytes) {
-    int64_t step = kPage;
-    while (step * 16 <= least_bytes) step *= 2;
-    const int64_t bytes = round_up(least_bytes, step);
-    {
-      const std::lock_guard lock(mutex_);
-      const auto found =
-          std::find_if(blocks_.rbegin(), blocks_.rend(), [&](const Block* block) { return block->bytes == bytes; });
-      if (found != blocks_.rend()) {
-        Block* const block = *found;
-        blocks_.erase(std::next(found).base());
-        bytes_ -= bytes;
-        return block;
-      }
-    }
-    return allocate(bytes);
-  }
-
-  void give(Block* block) {
-    const std::lock_guard lock(mutex_);
-    blocks_.push_back(block);
-    bytes_ += block->bytes;
-    shrink();
-  }
-
- private:
-  Kept() {
-    // A child process must not find the lock held by a thread that it does not have.
-    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
-  }
-
-  void shrink() {
-    auto end = blocks_.begin();
-    for (; bytes_ > limit_ && end != blocks_.end(); ++end) {
-      bytes_ -= (*end)->bytes;
-      release(*end);
-    }
-    blocks_.erase(blocks_.begin(), end);
-  }
-
-  std::mutex mutex_;
-  std::vector<Block*> blocks_;  // the oldest first
-  int64_t bytes_ = 0, limit_ = kDefaultLimit;
-};
-
-// A tensor on kept memory, or nothing where that is not possible or not worth it.
-bool on_kept_memory(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                    Tensor* result) {
-  const int64_t count = std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
-  const int64_t bytes = count * static_cast<int64_t>(like.element_size());
-  if (bytes < kLeastBytes || torch_from_blob == nullptr || Scratch::is_poisoned() || !Kept::instance().keeps()) {
-    return false;
-  }
-  Block* const block = Kept::instance().take(bytes);
-  if (block == nullptr) return false;
-  int32_t dtype;
-  AtenTensorHandle handle;
-  if (aoti_torch_get_dtype(like.get(), &dtype) != AOTI_TORCH_SUCCESS ||
-      torch_from_blob(
-          block->data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype,
-          aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-          [](void*, void* context) { Kept::instance().give(static_cast<Block*>(context)); },
-          block) != AOTI_TORCH_SUCCESS) {
-    release(block);
-    return false;
-  }
-  *result = Tensor(handle);
-  return true;
-}
-
-#endif
-
-// A tensor from PyTorch's allocator, not written yet.
-Tensor on_new_memory(Tensor tensor) {
-#if defined(__linux__)
-  ask_for_huge_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
-#endif
-  return tensor;
-}
-
-}  // namespace
-
-Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) {
-#if defined(__linux__)
+std::optional<Tensor> kept_result(const Tensor& like, const std::vector<int64_t>& sizes) {
+  const int64_t bytes =
+      bytes_of(like, std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>()));
+  if (bytes < kLeastBytes) return std::nullopt;
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  if (Tensor result; on_kept_memory(like, sizes, strides, &result)) return result;
-#endif
-  return on_new_memory(torch::stable::new_empty(like, sizes));
+  return on_kept_memory(like, bytes, sizes, strides);
 }
 
-Tensor new_result_like(const Tensor& like) {
-#if defined(__linux__)
+std::optional<Tensor> kept_result_like(const Tensor& like) {
+  const int64_t bytes = bytes_of(like, like.numel());
+  if (bytes < kLeastBytes) return std::nullopt;
   std::vector<int64_t> sizes, strides;
   for (int64_t i = 0; i < like.dim(); ++i) {
     sizes.push_back(like.size(i));
     strides.push_back(like.stride(i));
   }
-  if (Tensor result; is_dense(sizes, strides) && on_kept_memory(like, sizes, strides, &result)) return result;
+  if (!is_dense(sizes, strides)) return std::nullopt;
+  return on_kept_memory(like, bytes, sizes, strides);
+}
+
+Tensor on_new_memory(Tensor tensor) {
+  ask_for_huge_pages(tensor.data_ptr(), bytes_of(tensor, tensor.numel()));
+  return tensor;
+}
+
+#else
+
+std::optional<Tensor> kept_result(const Tensor&, const std::vector<int64_t>&) { return std::nullopt; }
+std::optional<Tensor> kept_result_like(const Tensor&) { return std::nullopt; }
+Tensor on_new_memory(Tensor tensor) { return tensor; }
+
 #endif
+
+}  // namespace
+
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) {
+  if (std::optional<Tensor> result = kept_result(like, sizes)) return *result;
+  return on_new_memory(torch::stable::new_empty(like, sizes));
+}
+
+Tensor new_result_like(const Tensor& like) {
+  if (std::optional<Tensor> result = kept_result_like(like)) return *result;
   return on_new_memory(torch::stable::empty_like(like));
 }
 
-int64_t keep_result_bytes(int64_t limit) {
 #if defined(__linux__)
-  return Kept::instance().set_limit(limit);
+int64_t keep_result_bytes(int64_t limit) { return ResultMemory::instance().set_limit(limit); }
+int64_t kept_result_bytes() { return ResultMemory::instance().kept_bytes(); }
 #else
-  return 0;
+int64_t keep_result_bytes(int64_t) { return 0; }
+int64_t kept_result_bytes() { return 0; }
 #endif
-}
-
-int64_t kept_result_bytes() {
-#if defined(__linux__)
-  return Kept::instance().bytes();
-#else
-  return 0;
-#endif
-}
 
 }  // namespace vitfast::cpu

@@ -14,7 +14,6 @@
 
 namespace vitfast::cpu {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A tensor of the sizes, dense and row-major, and of the dtype and device of `like`; unwritten.
@@ -23,8 +22,8 @@ Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes);
 // A tensor of the sizes, strides, dtype and device of `like`, as empty_like gives it; unwritten.
 Tensor new_result_like(const Tensor& like);
 
-// Keeps up to so many bytes of freed results from now on, and returns the rest to the system. With 0 results come from
-// PyTorch's own allocator. Returns the limit before.
+// Keeps up to so many bytes of freed results from now on, and returns the rest to the system. Results that are larger
+// than the limit come from PyTorch's own allocator. Returns the limit before.
 int64_t keep_result_bytes(int64_t limit);
 
 // How many bytes are kept.

@@ -45,7 +45,8 @@ class Scratch {
 
   std::byte* data() const { return data_; }
 
-  // For tests: new blocks are full of NaN, so that what a kernel reads without having written it is seen.
+  // For tests: new blocks are full of NaN, so that what a kernel reads without having written it is seen. Results come
+  // from PyTorch then, which can fill them with NaN too.
   static void poison(bool poisoned) { poisoned_ = poisoned; }
   static bool is_poisoned() { return poisoned_; }
 

@@ -121,7 +121,7 @@ bool as_planes(std::initializer_list<const MapView*> maps) {
 void forward(const WindowAttentionForward& call) {
   const auto maps = {&call.query, &call.key, &call.value, &call.out};
 #if VITFAST_VECTOR_BYTES == 64
-  if (in_squares(call.problem, maps)) return forward_of<ForwardSquares>(call);
+  if (as_squares(call.problem, maps)) return forward_of<ForwardSquares>(call);
 #endif
   const bool planes = as_planes(maps);
   with_storage(call.problem.storage, [&](auto s) {
@@ -134,7 +134,7 @@ void backward(const WindowAttentionBackward& call) {
   const auto maps = {&call.grad,       &call.query,    &call.key,       &call.value,
                      &call.grad_query, &call.grad_key, &call.grad_value};
 #if VITFAST_VECTOR_BYTES == 64
-  if (in_squares(call.problem, maps)) return backward_of<BackwardSquares>(call);
+  if (as_squares(call.problem, maps)) return backward_of<BackwardSquares>(call);
 #endif
   const bool planes = as_planes(maps);
   with_storage(call.problem.storage, [&](auto s) {

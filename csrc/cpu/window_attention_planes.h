@@ -20,8 +20,8 @@ template <class T>
 class StripTasks {
  public:
   explicit StripTasks(const Walk<T>& walk) : StripTasks(walk, most_windows(walk)) {}
-  StripTasks(const Walk<T>& walk, int64_t most_windows)
-      : columns_(walk.problem.columns), rows_(walk.window_rows), most_windows_(most_windows), grain_(walk.grain()) {
+  StripTasks(const Walk<T>& walk, int64_t windows_together)
+      : columns_(walk.problem.columns), rows_(walk.window_rows), most_windows_(windows_together), grain_(walk.grain()) {
     const int64_t count = walk.window_columns;
     const bool cut_first = width(0) != columns_.window, cut_last = count > 1 && width(count - 1) != columns_.window;
     whole_first_ = cut_first ? 1 : 0;

@@ -44,10 +44,10 @@ struct Walk {
       std::copy_n(values + y * width, width, map + statistics(batch, head, tokens, y));
     }
   }
-  // That map, as one of a single channel.
-  MapView statistics_view() const {
-    const int64_t width = problem.columns.size, map = problem.rows.size * width;
-    return {nullptr, {problem.heads * map, width, 1, map, 0}};
+  // The same map as a view with one channel.
+  MapView statistics_view(const void* map) const {
+    const int64_t width = problem.columns.size, head = problem.rows.size * width;
+    return {const_cast<void*>(map), {problem.heads * head, width, 1, head, 0}};
   }
   // As many windows as are worth a thread.
   int64_t grain() const {

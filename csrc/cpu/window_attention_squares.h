@@ -29,8 +29,8 @@ class SquareTasks : public StripTasks<float> {
       : StripTasks<float>(walk, std::min(kSquaresTogether, walk.window_columns)) {}
 };
 
-// A map's part in a strip of windows, and where the next strip lies. A channel of a strip is as many cache lines as it
-// has windows: each window prefetches one of them, channel by channel, as it goes through its own.
+// A map's part in a strip of windows, and where the next strip lies. A channel of a strip fills as many cache lines as
+// it has windows, if it fills any: each window prefetches one of them, channel by channel, as it goes through its own.
 struct SquareMap {
   float* data;  // the first channel of the first window
   int64_t channel, row;
@@ -53,7 +53,8 @@ struct SquareMap {
     part.ahead += window * (line - kSquareSide);
     return part;
   }
-  SquareMap without_prefetch() const {
+  // What is asked for is then in the caches already.
+  SquareMap prefetching_itself() const {
     SquareMap part = *this;
     part.line = kSquareSide;
     part.ahead = 0;
@@ -61,7 +62,7 @@ struct SquareMap {
   }
 };
 
-// Not inlined, for registers to be left for all rows of both maps.
+// Both products are kept out of line: inlined, the strides of many maps would push their rows out of the registers.
 
 // matrix = left^T right, [16][16] = [channels][16]^T [channels][16].
 __attribute__((noinline)) void multiply_tokens(const SquareMap& left, const SquareMap& right, int64_t channels,
@@ -163,13 +164,11 @@ class ForwardSquares {
 
   ForwardSquares(const WindowAttentionForward& call, const Walk<float>& walk, Arena arena)
       : call_(call),
-        statistics_(walk.statistics_view()),
+        statistics_(walk.statistics_view(call.lse)),
         scale_(static_cast<float>(call.problem.scale)),
         bias_(call.problem, arena),
         scores_(take_square_matrix(arena)),
-        bytes_(arena.used()) {
-    statistics_.data = call.lse;
-  }
+        bytes_(arena.used()) {}
 
   int64_t bytes() const { return bytes_; }
 
@@ -177,13 +176,15 @@ class ForwardSquares {
   void operator()(const Strip& strip, const Strip& next) {
     const int64_t dim = call_.problem.dim;
     const SquareMap query(call_.query, strip, next), key(call_.key, strip, next), value(call_.value, strip, next),
-        out(call_.out, strip, next), statistics(statistics_, strip);
+        out(call_.out, strip, next);
     bias_.select(strip.head);
     for (int64_t w = 0; w < strip.windows; ++w) {
       multiply_tokens(key.of(w), query.of(w), dim, scores_);
       const Vec<float> lse = softmax();
       multiply_matrix(value.of(w), scores_, dim, 1.0f, out.of(w));
-      if (call_.lse != nullptr) store_square(statistics.of(w).data, statistics.row, lse);
+      if (call_.lse == nullptr) continue;
+      const SquareMap statistics(statistics_, strip);
+      store_square(statistics.of(w).data, statistics.row, lse);
     }
   }
 
@@ -191,7 +192,7 @@ class ForwardSquares {
   // K Q^T -> P^T, both [keys][queries]; returns the logsumexp.
   Vec<float> softmax() const {
     Vec<float> row[kSquareTokens];
-    Vec<float> top = broadcast(-std::numeric_limits<float>::infinity());
+    Vec<float> top{};
 #pragma GCC unroll 16
     for (int j = 0; j < kSquareTokens; ++j) {
       row[j] = load(scores_ + j * kSquareTokens) * scale_ + bias_.of_key(j);
@@ -224,16 +225,14 @@ class BackwardSquares {
 
   BackwardSquares(const WindowAttentionBackward& call, const Walk<float>& walk, Arena arena)
       : call_(call),
-        statistics_(walk.statistics_view()),
+        statistics_(walk.statistics_view(call.lse)),
         scale_(static_cast<float>(call.problem.scale)),
         bias_(call.problem, arena),
         bias_grad_(arena),
         probabilities_(take_square_matrix(arena)),
         transposed_grad_(take_square_matrix(arena)),
         scores_grad_(take_square_matrix(arena)),
-        bytes_(arena.used()) {
-    statistics_.data = const_cast<void*>(call.lse);
-  }
+        bytes_(arena.used()) {}
 
   int64_t bytes() const { return bytes_; }
 
@@ -252,9 +251,9 @@ class BackwardSquares {
       multiply_tokens(key.of(w), query.of(w), dim, probabilities_);
       multiply_tokens(value.of(w), grad.of(w), dim, transposed_grad_);
       differentiate_softmax(load_square(statistics.of(w).data, statistics.row));
-      multiply_matrix(key.without_prefetch().of(w), transposed_grad_, dim, scale_, grad_query.of(w));
-      multiply_matrix(query.without_prefetch().of(w), scores_grad_, dim, scale_, grad_key.of(w));
-      multiply_matrix(grad.without_prefetch().of(w), probabilities_, dim, 1.0f, grad_value.of(w));
+      multiply_matrix(key.prefetching_itself().of(w), transposed_grad_, dim, scale_, grad_query.of(w));
+      multiply_matrix(query.prefetching_itself().of(w), scores_grad_, dim, scale_, grad_key.of(w));
+      multiply_matrix(grad.prefetching_itself().of(w), probabilities_, dim, 1.0f, grad_value.of(w));
     }
   }
 
@@ -302,7 +301,7 @@ class BackwardSquares {
 };
 
 // Whether all windows of a call are squares of 4x4 tokens whose rows are adjacent in all maps.
-bool in_squares(const WindowAttentionProblem& problem, std::initializer_list<const MapView*> maps) {
+bool as_squares(const WindowAttentionProblem& problem, std::initializer_list<const MapView*> maps) {
   for (const Axis* axis : {&problem.rows, &problem.columns}) {
     if (axis->window != kSquareSide || axis->shift != 0 || axis->ratio != 1 || axis->size % kSquareSide != 0) {
       return false;

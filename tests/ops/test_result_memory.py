@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 
 import vitfast
 from vitfast import _C
-from vitfast.functional import attention, blur_pool2d, window_attention
+from vitfast.functional import (
+    attention,
+    attention_qkvpacked,
+    blur_pool2d,
+    window_attention,
+    window_attention_qkvpacked,
+)
 
 MIB = 1 << 20
 BLUR = torch.ones(3, 3) / 9
@@ -88,6 +95,22 @@ def test_the_limit_holds_and_the_oldest_go_first():
     assert _C.kept_result_bytes() == 0
 
 
+def test_a_result_beyond_the_limit_leaves_what_is_kept():
+    vitfast.keep_result_memory(4 * MIB)
+    blur(image(2))
+    kept = _C.kept_result_bytes()
+    assert kept > 0
+    blur(image(5)).untyped_storage().resize_(0)  # PyTorch's own
+    assert _C.kept_result_bytes() == kept
+
+
+def test_what_is_in_use_when_the_limit_falls_is_not_kept():
+    result = blur(image(3))
+    vitfast.keep_result_memory(1 * MIB)
+    del result
+    assert _C.kept_result_bytes() == 0
+
+
 def test_without_a_limit_results_are_pytorchs_own():
     x = image(2)
     kept = blur(x)
@@ -112,17 +135,21 @@ def step(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     tokens = [draw(8, 8, 300, 32) for _ in range(3)]
     pixels = maps[0].contiguous(memory_format=torch.channels_last)
     heads = [m.unflatten(1, (2, 32)).permute(0, 3, 4, 1, 2) for m in maps]
+    packed = torch.stack(heads, 3)
     results = [
         window_attention(*heads, window_size=7, shift=3),
         window_attention(*(h.contiguous() for h in heads), window_size=4),
+        window_attention(heads[0][:, ::2], *(h[:, 1::2] for h in heads[1:]), window_size=7),  # with holes
+        window_attention_qkvpacked(packed, window_size=4),
         attention(*tokens),
+        attention_qkvpacked(packed.flatten(1, 2)),
         blur(maps[1]),
         blur(pixels),
     ]
     return [*results, *torch.autograd.grad(sum(r.square().sum() for r in results), (*maps, *tokens))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_results_are_the_same_in_used_memory(dtype):
     vitfast.keep_result_memory(0)
     expected = [step(seed, dtype) for seed in range(3)]
@@ -147,12 +174,54 @@ def test_threads_share_what_is_kept():
         assert all(pool.map(run, range(8)))
 
 
+@torch.inference_mode()
+def test_inference_tensors_lie_in_it_too():
+    x = image(2)
+    place = blur(x).data_ptr()
+    result = blur(x)
+    assert result.is_inference()
+    assert result.data_ptr() == place
+
+
+def forked(run) -> int:
+    """The exit code of a child process that calls ``run``."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if run() else 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_frees_what_it_inherited():
     results = [blur(image(2))]
-    child = os.fork()
-    if child == 0:
+
+    def free() -> bool:
         results.clear()
-        os._exit(0 if 2 * MIB <= _C.kept_result_bytes() < 3 * MIB else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return 2 * MIB <= _C.kept_result_bytes() < 3 * MIB
+
+    assert forked(free) == 0
     assert _C.kept_result_bytes() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_may_be_forked_while_threads_take_and_free(threads):
+    threads(1)  # a child has no threads of OpenMP
+    x, busy = image(1), threading.Event()
+    busy.set()
+
+    def churn() -> None:
+        while busy.is_set():
+            blur(x)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            pool.submit(churn)
+        try:
+            for _ in range(20):
+                assert forked(lambda: vitfast.keep_result_memory(0) == 256 * MIB) == 0
+        finally:
+            busy.clear()

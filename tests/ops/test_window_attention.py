@@ -125,8 +125,8 @@ def test_layouts_mix(names):
     inputs, plain_results, exact_results = expected(LAYOUT_CASE, torch.float32)
     tensors = (*inputs[:3], inputs.grad)
     query, key, value, grad = (LAYOUTS[name](t) for name, t in zip(names, tensors, strict=True))
-    relaid = Inputs(query, key, value, inputs.bias.mT.contiguous().mT, grad)
-    assert_results_close(fused(LAYOUT_CASE, relaid), plain_results, exact_results)
+    mixed = Inputs(query, key, value, inputs.bias.mT.contiguous().mT, grad)
+    assert_results_close(fused(LAYOUT_CASE, mixed), plain_results, exact_results)
 
 
 # Windows of 4x4 tokens that fill a channels-first map have a kernel of their own with AVX-512.
@@ -158,6 +158,46 @@ def test_squares_where_one_or_all_maps_are_laid_out_otherwise(name):
         mixed = relaid(inputs, "channels_first")
         mixed = mixed._replace(**{n: LAYOUTS[name](getattr(inputs, n)) for n in which})
         assert_results_close(fused(SQUARES, mixed), plain_results, exact_results)
+
+
+def test_squares_without_gradients():
+    """Nothing is written to the statistics that only a backward needs."""
+    inputs = relaid(make_inputs(SQUARES, torch.float32), "channels_first")
+    output = window_attention(*inputs[:4], **SQUARES.options)
+    assert torch.equal(output, fused(SQUARES, inputs).output)
+
+
+def test_squares_of_packed_inputs():
+    inputs, plain_results, exact_results = expected(SQUARES, torch.float32)
+    qkv = torch.stack([t.permute(0, 3, 4, 1, 2) for t in inputs[:3]], 1)  # (B, 3, heads, D, H, W)
+    qkv = qkv.permute(0, 4, 5, 1, 2, 3).requires_grad_()
+    bias = inputs.bias.clone().requires_grad_()
+    output = window_attention_qkvpacked(qkv, bias, **SQUARES.options)
+    qkv_grad, bias_grad = torch.autograd.grad(output, (qkv, bias), inputs.grad)
+    assert_results_close(Results(output.detach(), *qkv_grad.unbind(3), bias_grad), plain_results, exact_results)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (3,), (4,), (0, 3)], ids=str)
+def test_expanded_squares(dims):
+    inputs = relaid(make_inputs(SQUARES, torch.float32), "channels_first")
+    expanded = []
+    for tensor in (*inputs[:3], inputs.grad):
+        narrow = tensor
+        for dim in dims:
+            narrow = narrow.narrow(dim, 0, 1)
+        expanded.append(narrow.expand(tensor.shape))
+    inputs = Inputs(*expanded[:3], inputs.bias, expanded[3])
+    assert_results_close(fused(SQUARES, inputs), plain(SQUARES, inputs), exact(SQUARES, inputs))
+
+
+def test_squares_with_forbidden_pairs():
+    inputs = forbid(make_inputs(SQUARES, torch.float32), torch.ones(16, 16).triu(1).bool())
+    results = fused(SQUARES, relaid(inputs, "channels_first"))
+    assert all(t.isfinite().all() for t in results)
+    assert_results_close(results, plain(SQUARES, inputs), exact(SQUARES, inputs))
+    inputs = forbid(inputs, (torch.arange(16) == 5)[:, None])  # a row without any key
+    for result, one in zip(fused(SQUARES, relaid(inputs, "channels_first")), plain(SQUARES, inputs), strict=True):
+        torch.testing.assert_close(result, one, equal_nan=True)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)

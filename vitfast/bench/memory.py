@@ -43,9 +43,11 @@ def _cpu_peak(run: Run) -> tuple[int, tuple[Tensor, ...]]:
     extension.reset_scratch_bytes()
     kept = extension.keep_result_bytes(0)  # results come from PyTorch's allocator then
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports on itself, on standard error
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        results = run()
-    extension.keep_result_bytes(kept)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            results = run()
+    finally:
+        extension.keep_result_bytes(kept)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))

@@ -11,12 +11,13 @@ def keep_result_memory(limit: int) -> int:
     """Set how much memory of freed results this process keeps on the CPU for later results of their size.
 
     Memory that comes fresh from the system costs more than many a kernel takes to fill it. What attention and blur
-    pooling return, and their gradients, therefore lies in memory that is kept from 1 MiB on, up to 256 MiB if nothing
-    else is set. Results that are still in use do not count.
+    pooling return, and their gradients, therefore lies in memory that is kept when they are freed, if they have 1 MiB
+    or more: 256 MiB in all by default. Results that are in use do not count. On Linux with PyTorch 2.11 or later;
+    elsewhere this changes nothing.
 
     Args:
-        limit: bytes. 0 gives all of it back and lets results come from PyTorch's allocator: for programs that resize
-            storages of results, which kept memory does not allow.
+        limit: bytes. Results that are larger come from PyTorch's allocator. With 0 all of them do, and what was kept
+            goes back to the system: for programs that resize storages of results, which kept memory does not allow.
 
     Returns:
         The limit before.
@@ -24,8 +25,6 @@ def keep_result_memory(limit: int) -> int:
     Raises:
         ValueError: ``limit`` is negative.
         ExtensionError: the compiled part of vitfast is missing.
-
-    On Linux with PyTorch 2.11 or later; elsewhere it changes nothing.
     """
     if limit < 0:
         raise ValueError(f"limit must be a number of bytes, 0 or more; got {limit}")
