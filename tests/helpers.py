@@ -256,6 +256,14 @@ def restride(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
 
 
+def expanded_along(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The shape of x, with the first entry along ``dims`` repeated by strides of zero."""
+    first = x
+    for dim in dims:
+        first = first.narrow(dim, 0, 1)
+    return first.expand(x.shape)
+
+
 def _sliced(x: Tensor, dim: int) -> Tensor:
     """The same values as every second element along ``dim`` of a larger tensor, whose other elements are NaN."""
     shape = list(x.shape)

@@ -19,7 +19,7 @@ from attention_cases import (
     plain,
     unpack,
 )
-from helpers import Inputs, Results, assert_close_to_reference, restride
+from helpers import Inputs, Results, assert_close_to_reference, expanded_along, restride
 
 import vitfast
 from vitfast import _C
@@ -213,12 +213,7 @@ def test_expanded_inputs(dims, instruction_set):
     """Tensors with strides of zero; each gradient is that of the expanded tensor."""
     case = LAYOUT_CASE
     inputs = make_inputs(case, torch.float32)
-    expanded = []
-    for tensor in (*inputs[:3], inputs.grad):
-        narrow = tensor
-        for dim in dims:
-            narrow = narrow.narrow(dim, 0, 1)
-        expanded.append(narrow.expand(tensor.shape))
+    expanded = [expanded_along(tensor, dims) for tensor in (*inputs[:3], inputs.grad)]
     inputs = Inputs(*expanded[:3], inputs.bias, expanded[3])
     assert all(t.stride(dims[0]) == 0 for t in inputs[:3])
     assert_results_close(case, inputs, fused(case, inputs), plain(case, inputs), exact(case, inputs))

@@ -15,6 +15,7 @@ from helpers import (
     assert_close_to_reference,
     assert_results_close,
     exact,
+    expanded_along,
     expected,
     fused,
     make_inputs,
@@ -180,12 +181,7 @@ def test_squares_of_packed_inputs():
 @pytest.mark.parametrize("dims", [(0,), (1,), (3,), (4,), (0, 3)], ids=str)
 def test_expanded_squares(dims):
     inputs = relaid(make_inputs(SQUARES, torch.float32), "channels_first")
-    expanded = []
-    for tensor in (*inputs[:3], inputs.grad):
-        narrow = tensor
-        for dim in dims:
-            narrow = narrow.narrow(dim, 0, 1)
-        expanded.append(narrow.expand(tensor.shape))
+    expanded = [expanded_along(tensor, dims) for tensor in (*inputs[:3], inputs.grad)]
     inputs = Inputs(*expanded[:3], inputs.bias, expanded[3])
     assert_results_close(fused(SQUARES, inputs), plain(SQUARES, inputs), exact(SQUARES, inputs))
 
@@ -257,12 +253,7 @@ def test_expanded_inputs(dims, instruction_set):
     """Tensors with strides of zero; each gradient is that of the expanded tensor."""
     case = LAYOUT_CASE
     inputs = make_inputs(case, torch.float32)
-    expanded = []
-    for tensor in (*inputs[:3], inputs.grad):
-        narrow = tensor
-        for dim in dims:
-            narrow = narrow.narrow(dim, 0, 1)
-        expanded.append(narrow.expand(tensor.shape))
+    expanded = [expanded_along(tensor, dims) for tensor in (*inputs[:3], inputs.grad)]
     bias = inputs.bias[:1].expand(inputs.bias.shape)
     inputs = Inputs(*expanded[:3], bias, expanded[3])
     assert all(t.stride(dims[0]) == 0 for t in inputs[:3])
