@@ -47,13 +47,15 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
       "attention_tangents(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? grad, Tensor? query_t, Tensor? "
       "key_t, Tensor? value_t, Tensor? bias_t, Tensor? grad_t, int count, float scale, Tensor(a!)? out_t, Tensor(b!)? "
       "query_grad_t, Tensor(c!)? key_grad_t, Tensor(d!)? value_grad_t, Tensor(e!)? bias_grad_t) -> ()");
+  // Scale and shift of a blur's prologue; or, with mean and variance, the weight and bias of a normalisation, on the
+  // CPU alone. The gradients of scale and shift are empty without sums.
   m.def(
       "blur_pool2d(Tensor x, Tensor kernel, int[] stride, int[] padding, int padding_mode, Tensor? scale, Tensor? "
-      "shift, int activation, float temperature) -> Tensor");
+      "shift, Tensor? mean, Tensor? variance, float eps, int activation, float temperature) -> Tensor");
   m.def(
       "blur_pool2d_backward(Tensor grad, Tensor? x, Tensor kernel, int[] size, int[] stride, int[] padding, int "
-      "padding_mode, Tensor? scale, Tensor? shift, int activation, float temperature) -> (Tensor grad_x, Tensor "
-      "grad_scale, Tensor grad_shift)");
+      "padding_mode, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? variance, float eps, int activation, float "
+      "temperature, bool sums) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
   // Of 3x3 filters with stride 1, K at a time and channels last: out = x_t * weight + x * weight_t, transposed or not;
   // and the gradients of filters, those by (x_t, grad) and by (x, grad_t), added up. Half of either may be missing.
   m.def(

@@ -41,13 +41,16 @@ void attention_tangents_cpu(Tensor query, Tensor key, Tensor value, std::optiona
 
 Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                        int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                       int64_t activation, double temperature);
+                       std::optional<Tensor> mean, std::optional<Tensor> variance, double eps, int64_t activation,
+                       double temperature);
 
 std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::optional<Tensor> x, Tensor kernel,
                                                             std::vector<int64_t> size, std::vector<int64_t> stride,
                                                             std::vector<int64_t> padding, int64_t padding_mode,
                                                             std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                                            int64_t activation, double temperature);
+                                                            std::optional<Tensor> mean, std::optional<Tensor> variance,
+                                                            double eps, int64_t activation, double temperature,
+                                                            bool sums);
 
 void conv3x3_cpu(std::optional<Tensor> x_t, std::optional<Tensor> weight, std::optional<Tensor> x,
                  std::optional<Tensor> weight_t, int64_t padding, bool transposed, Tensor out);

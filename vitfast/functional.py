@@ -130,6 +130,7 @@ def blur_pool2d(
     padding_mode: str = "reflect",
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor, float] | None = None,
     activation: str | None = None,
     temperature: float = 10.0,
 ) -> Tensor:
@@ -149,17 +150,20 @@ def blur_pool2d(
             ceil(H / stride) rows and ceil(W / stride) columns.
         padding_mode: "reflect", "replicate", "circular", "zeros", or "none" for no padding. Margins larger than the map
             repeat the pattern.
-        scale: (C,), for example of a normalisation in evaluation mode, weight / sqrt(variance + eps).
-        shift: (C,), for example bias - scale * mean. Scale and shift are float32 beside float16 and bfloat16, or as x.
+        scale: (C,), in the dtype of x, or float32 beside float16 and bfloat16.
+        shift: (C,), likewise.
+        norm: a batch normalisation in evaluation mode in place of scale and shift, (weight, bias, running_mean,
+            running_var, eps), the tensors as scale, weight and bias or None: scale is weight / sqrt(running_var + eps),
+            and shift is bias - scale * running_mean.
         activation: None, "relu", "relu6", or "tanh_relu" for relu(temperature * tanh(z / temperature)).
         temperature: of "tanh_relu".
 
     Returns:
         (B, C, floor((H + top + bottom - K) / stride) + 1, likewise), in the dtype and memory format of ``x``.
 
-    float16 and bfloat16 accumulate in float32. Differentiable any number of times with respect to x, scale and shift,
-    in reverse and forward mode; blurs of gradients and tangents are fused too. A kernel that needs a gradient is served
-    by plain PyTorch.
+    float16 and bfloat16 accumulate in float32. Differentiable any number of times with respect to x and the tensors of
+    the prologue, in reverse and forward mode; blurs of gradients and tangents are fused too. A kernel that needs a
+    gradient is served by plain PyTorch.
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.
@@ -172,26 +176,21 @@ def blur_pool2d(
     >>> blur_pool2d(torch.randn(8, 64, 56, 56), taps, stride=2).shape
     torch.Size([8, 64, 28, 28])
     """
-    _check_blur_tensors(x, kernel, scale, shift)
+    _check_blur_tensors(x, kernel)
+    affine, eps = _check_affine(x, scale, shift, norm)
     if kernel.dim() == 1:
         kernel = torch.outer(kernel, kernel)
+    sides = _check_padding(padding, padding_mode, kernel)
+    _check_blur_size(x, kernel, sides)
     spec = _blur_pool.Spec(
-        stride=_check_stride(stride),
-        padding=_check_padding(padding, padding_mode, kernel),
-        padding_mode="zeros" if padding_mode == "none" else padding_mode,
-        activation=activation,
-        temperature=_check_activation(activation, temperature),
+        _check_stride(stride),
+        sides,
+        "zeros" if padding_mode == "none" else padding_mode,
+        eps,
+        activation,
+        _check_activation(activation, temperature),
     )
-    left, right, top, bottom = spec.padding
-    for axis, size, taps in zip(
-        "HW", (x.shape[2] + top + bottom, x.shape[3] + left + right), kernel.shape, strict=True
-    ):
-        if size < taps:
-            raise ValueError(
-                f"the padded map must be at least as large as the kernel; along {axis} it has {size} places for "
-                f"{taps} taps: x is {tuple(x.shape)}, the kernel {tuple(kernel.shape)}, padding {spec.padding}"
-            )
-    return _blur_pool.blur_pool2d(x, kernel, scale, shift, spec)
+    return _blur_pool.blur_pool2d(x, kernel, affine, spec)
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
@@ -539,9 +538,9 @@ def _check_scale(scale: float | None, query: Tensor) -> float:
     return float(scale)
 
 
-def _check_blur_tensors(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
-    _check_tensors(None, x=x)
-    _check_tensors(None, kernel=kernel)  # of any precision
+def _check_blur_tensors(x: Tensor, kernel: Tensor) -> None:
+    _check_tensor("x", x, "x", x)
+    _check_tensor("kernel", kernel, "kernel", kernel)  # of any precision
     if x.dim() != 4:
         raise ValueError(
             f"x must have the shape (B, C, H, W); got {tuple(x.shape)}. One image becomes a batch with .unsqueeze(0)"
@@ -555,14 +554,50 @@ def _check_blur_tensors(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: 
         )
     if kernel.device != x.device:
         raise ValueError(f"all tensors must be on one device; x is on {x.device} and kernel on {kernel.device}")
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        if tensor is None:
-            continue
-        _check_tensor(name, tensor, "x", x, may_be_float32=True)
-        if tuple(tensor.shape) != (x.shape[1],):
-            raise ValueError(
-                f"{name} must have one value per channel, the shape ({x.shape[1]},); got {tuple(tensor.shape)}"
-            )
+
+
+def _check_blur_size(x: Tensor, kernel: Tensor, sides: tuple[int, int, int, int]) -> None:
+    left, right, top, bottom = sides
+    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
+    rows, columns = kernel.shape
+    if height < rows or width < columns:
+        axis, size, taps = ("H", height, rows) if height < rows else ("W", width, columns)
+        raise ValueError(
+            f"the padded map must be at least as large as the kernel; along {axis} it has {size} places for "
+            f"{taps} taps: x is {tuple(x.shape)}, the kernel {tuple(kernel.shape)}, padding {sides}"
+        )
+
+
+def _check_affine(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, norm: tuple | None
+) -> tuple[_blur_pool.Affine, float]:
+    """The tensors of a blur's prologue, and the normalisation's eps."""
+    if norm is None:
+        _check_per_channel("scale", scale, x)
+        _check_per_channel("shift", shift, x)
+        return _blur_pool.Affine(scale, shift), 0.0
+    if scale is not None or shift is not None:
+        raise ValueError("norm takes the place of scale and shift: pass either norm or these two")
+    if not isinstance(norm, tuple) or len(norm) != 5:
+        raise TypeError(f"norm must be (weight, bias, running_mean, running_var, eps); got {norm!r}")
+    *tensors, eps = norm
+    if not isinstance(eps, Real) or not eps >= 0:
+        raise ValueError(f"eps of norm must be a number, and not negative; got {eps!r}")
+    for name, tensor in zip(("weight", "bias", "running_mean", "running_var"), tensors, strict=True):
+        if tensor is None and name.startswith("running"):
+            raise TypeError(f"{name} of norm must be a torch.Tensor: without it there is no evaluation mode")
+        _check_per_channel(f"{name} of norm", tensor, x)
+    return _blur_pool.Affine(*tensors), float(eps)
+
+
+def _check_per_channel(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is None:
+        return
+    _check_tensor(name, tensor, "x", x, may_be_float32=True)
+    if tensor.dim() != 1 or len(tensor) != x.shape[1]:
+        raise ValueError(
+            f"{name} must have one value per channel, the shape ({x.shape[1]},); got {tuple(tensor.shape)}"
+        )
 
 
 def _check_stride(stride) -> tuple[int, int]:

@@ -260,13 +260,65 @@ BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor
   return call;
 }
 
-cpu::BlurPrologue prologue_of(const Tensor& like, const std::optional<Tensor>& scale,
-                              const std::optional<Tensor>& shift, int64_t activation, double temperature) {
-  check_blur(0 <= activation && activation <= 3, "activation is unknown");
-  const ScalarType dtype = cpu::compute_dtype(like.scalar_type());
-  return {static_cast<BlurActivation>(activation), temperature, per_channel(scale, like.size(1), dtype),
-          per_channel(shift, like.size(1), dtype)};
+// What an operator is given for its prologue.
+struct Affine {
+  const std::optional<Tensor>&scale, &shift;    // of the map; or, if the next two are there,
+  const std::optional<Tensor>&mean, &variance;  // weight and bias of a normalisation
+  double eps;
+};
+
+// The scale of all channels, then their shift: of z = weight * (x - mean) / sqrt(variance + eps) + bias.
+template <class T>
+std::vector<T> fold(const Affine& norm, int64_t channels, ScalarType dtype) {
+  const auto values = [&](const std::optional<Tensor>& tensor) {
+    return static_cast<const T*>(per_channel(tensor, channels, dtype));
+  };
+  const T *weight = values(norm.scale), *bias = values(norm.shift);
+  const T *mean = values(norm.mean), *variance = values(norm.variance);
+  std::vector<T> folded(2 * channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T scale = (weight == nullptr ? 1 : weight[c]) / std::sqrt(variance[c] + static_cast<T>(norm.eps));
+    folded[c] = scale;
+    folded[channels + c] = (bias == nullptr ? 0 : bias[c]) - mean[c] * scale;
+  }
+  return folded;
 }
+
+// A prologue, and its scale and shift if they are those of a normalisation.
+class Prologue {
+ public:
+  Prologue(const Tensor& like, const Affine& affine, int64_t activation, double temperature) {
+    check_blur(0 <= activation && activation <= 3, "activation is unknown");
+    check_blur(affine.mean.has_value() == affine.variance.has_value(), "mean and variance must come together");
+    call_.activation = static_cast<BlurActivation>(activation);
+    call_.temperature = temperature;
+    const ScalarType dtype = cpu::compute_dtype(like.scalar_type());
+    const int64_t channels = like.size(1);
+    if (!affine.mean.has_value()) {
+      call_.scale = per_channel(affine.scale, channels, dtype);
+      call_.shift = per_channel(affine.shift, channels, dtype);
+    } else if (dtype == ScalarType::Double) {
+      use(fold<double>(affine, channels, dtype), doubles_);
+    } else {
+      use(fold<float>(affine, channels, dtype), floats_);
+    }
+  }
+  Prologue(const Prologue&) = delete;
+
+  const cpu::BlurPrologue& call() const { return call_; }
+
+ private:
+  template <class T>
+  void use(std::vector<T>&& folded, std::vector<T>& held) {
+    held = std::move(folded);
+    call_.scale = held.data();
+    call_.shift = held.data() + held.size() / 2;
+  }
+
+  cpu::BlurPrologue call_;
+  std::vector<double> doubles_;
+  std::vector<float> floats_;
+};
 
 bool empty(const Tensor& x) { return x.numel() == 0; }
 
@@ -274,12 +326,13 @@ bool empty(const Tensor& x) { return x.numel() == 0; }
 
 Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                        int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                       int64_t activation, double temperature) {
+                       std::optional<Tensor> mean, std::optional<Tensor> variance, double eps, int64_t activation,
+                       double temperature) {
   const bool channels_last = is_channels_last(x);
   check_map(x, channels_last);
-  const cpu::BlurPrologue prologue = prologue_of(x, scale, shift, activation, temperature);
+  const Prologue prologue(x, {scale, shift, mean, variance, eps}, activation, temperature);
   const Options options{stride, padding, padding_mode};
-  BlurCall call = call_of(x, x.size(2), x.size(3), kernel, options, prologue, channels_last, false);
+  BlurCall call = call_of(x, x.size(2), x.size(3), kernel, options, prologue.call(), channels_last, false);
   const Tensor out = new_map(x, call.out_height, call.out_width, channels_last, cpu::new_result);
   call.in = x.data_ptr();
   call.out = out.data_ptr();
@@ -291,20 +344,23 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
                                                             std::vector<int64_t> size, std::vector<int64_t> stride,
                                                             std::vector<int64_t> padding, int64_t padding_mode,
                                                             std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                                            int64_t activation, double temperature) {
+                                                            std::optional<Tensor> mean, std::optional<Tensor> variance,
+                                                            double eps, int64_t activation, double temperature,
+                                                            bool sums) {
   const Tensor& leading = x.has_value() ? *x : grad;
   const bool channels_last = is_channels_last(leading);
   check_map(grad, channels_last);
   check_blur(size.size() == 2, "size must be the height and width of x");
-  const cpu::BlurPrologue prologue = prologue_of(grad, scale, shift, activation, temperature);
+  const Prologue prologue(grad, {scale, shift, mean, variance, eps}, activation, temperature);
   const Options options{stride, padding, padding_mode};
-  BlurCall call = call_of(grad, size[0], size[1], kernel, options, prologue, channels_last, true);
+  BlurCall call = call_of(grad, size[0], size[1], kernel, options, prologue.call(), channels_last, true);
   check_blur(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
   const Tensor grad_x = new_map(grad, size[0], size[1], channels_last, cpu::new_result);
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();
   Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);
   check_blur(x.has_value() == call.prologue.any(), "x is needed with a prologue, and only then");
+  check_blur(!sums || x.has_value(), "there are sums with a prologue only");
   if (!x.has_value()) {
     if (!empty(grad_x)) kernels().run(call);
     return {grad_x, none, none};
@@ -313,18 +369,24 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
   check_blur(x->scalar_type() == grad.scalar_type() && x->size(0) == grad.size(0) && x->size(1) == grad.size(1) &&
                  x->size(2) == size[0] && x->size(3) == size[1],
              "x must have the dtype of grad, and its own size");
-  Tensor partial = torch::stable::new_empty(grad, {2, call.parts(), call.channels}, ScalarType::Double);
-  Tensor sums = torch::stable::new_empty(grad, {2, call.channels}, ScalarType::Double);
   call.primal = x->data_ptr();
+  // The derivative of tanh is dear; there is no version of it without sums.
+  if (!sums && call.prologue.activation != BlurActivation::kTanhRelu) {
+    if (!empty(grad_x)) kernels().run(call);
+    return {grad_x, none, none};
+  }
+  Tensor partial = torch::stable::new_empty(grad, {2, call.parts(), call.channels}, ScalarType::Double);
+  Tensor totals = torch::stable::new_empty(grad, {2, call.channels}, ScalarType::Double);
   call.scale_partial = static_cast<double*>(partial.data_ptr());
   call.shift_partial = call.scale_partial + partial.stride(0);
   if (empty(grad_x)) {
-    torch::stable::zero_(sums);
+    torch::stable::zero_(totals);
   } else {
     kernels().run(call);
-    cpu::add_up_partial_sums(partial, 2, call.parts(), call.channels, sums);
+    cpu::add_up_partial_sums(partial, 2, call.parts(), call.channels, totals);
   }
-  return {grad_x, torch::stable::select(sums, 0, 0), torch::stable::select(sums, 0, 1)};
+  if (!sums) return {grad_x, none, none};
+  return {grad_x, torch::stable::select(totals, 0, 0), torch::stable::select(totals, 0, 1)};
 }
 
 }  // namespace vitfast

@@ -76,7 +76,7 @@ struct BlurCall {
   BlurPrologue prologue;  // of the input; of `primal` if there is one, whose gradient is then written
 
   const void* primal = nullptr;                               // x, laid out as `out`
-  double *scale_partial = nullptr, *shift_partial = nullptr;  // (batch, strips, channels)
+  double *scale_partial = nullptr, *shift_partial = nullptr;  // (batch, strips, channels), or null: not wanted
 
   int64_t parts() const { return batch * rows.strip_count(); }
 };

@@ -122,11 +122,14 @@ enum class BlurMode {
   kPlain,         // both are taken as they are
   kPrepared,      // likewise, from slots
   kClamp,         // the prologue is applied to the input: any but kTanhRelu
-  kGradient,      // an output is the gradient of u, from which that of x and of the sums come: for the same prologues
+  kGradient,      // an output is the gradient of u, from which that of x comes: for the same prologues
+  kSumGradient,   // likewise, and from which the sums for the gradients of scale and shift come
   kTanhGradient,  // likewise, for kTanhRelu
 };
 
-constexpr bool is_gradient(BlurMode mode) { return mode == BlurMode::kGradient || mode == BlurMode::kTanhGradient; }
+constexpr bool has_sums(BlurMode mode) { return mode == BlurMode::kSumGradient || mode == BlurMode::kTanhGradient; }
+
+constexpr bool is_gradient(BlurMode mode) { return mode == BlurMode::kGradient || has_sums(mode); }
 
 constexpr bool has_scale(BlurMode mode) { return mode != BlurMode::kPlain && mode != BlurMode::kPrepared; }
 
@@ -140,6 +143,7 @@ inline void with_mode(const BlurCall& call, F f) {
     if (call.prologue.activation == BlurActivation::kTanhRelu) {
       return f(std::integral_constant<BlurMode, BlurMode::kTanhGradient>{});
     }
+    if (call.scale_partial != nullptr) return f(std::integral_constant<BlurMode, BlurMode::kSumGradient>{});
     return f(std::integral_constant<BlurMode, BlurMode::kGradient>{});
   }
   if (call.prepared) return f(std::integral_constant<BlurMode, BlurMode::kPrepared>{});

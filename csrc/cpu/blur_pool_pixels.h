@@ -87,13 +87,13 @@ class BlurPixels {
 
   void run(int64_t image, int64_t strip) {
     image_ = image;
-    if (call_.primal != nullptr) std::fill_n(sums_, 2 * padded_channels(), T{});
+    if (call_.scale_partial != nullptr) std::fill_n(sums_, 2 * padded_channels(), T{});
     for (int64_t g = call_.rows.strips[strip]; g < call_.rows.strips[strip + 1]; ++g) {
       const BlurRows::Group& group = call_.rows.groups[g];
       for (int64_t i = group.begin; i < group.end; ++i) prepare(call_.rows.loads[i]);
       for (int64_t o = group.first; o < group.last; ++o) run_row(o);
     }
-    if (call_.primal != nullptr) write_sums(strip);
+    if (call_.scale_partial != nullptr) write_sums(strip);
   }
 
  private:
@@ -103,7 +103,7 @@ class BlurPixels {
   void place(Arena& arena) {
     slots_ = arena.take<T>(call_.rows.slots * row_size());
     line_ = arena.take<T>(call_.in_width * kVectors * kVector);
-    sums_ = arena.take<T>(call_.primal == nullptr ? 0 : 2 * padded_channels());
+    sums_ = arena.take<T>(call_.scale_partial == nullptr ? 0 : 2 * padded_channels());
   }
 
   const S* image() const { return static_cast<const S*>(call_.in) + image_ * call_.in_height * row_size(); }
@@ -175,8 +175,10 @@ class BlurPixels {
           const Vec<T> z = x * scale_[v] + shift_[v];
           const Vec<T> dz = activate_.template backward<kMode == BlurMode::kTanhGradient>(z, sum[v]);
           put(to, dz * scale_[v]);
-          scale_sum_[v] = scale_sum_[v] + dz * x;
-          shift_sum_[v] = shift_sum_[v] + dz;
+          if constexpr (has_sums(kMode)) {
+            scale_sum_[v] = scale_sum_[v] + dz * x;
+            shift_sum_[v] = shift_sum_[v] + dz;
+          }
         } else {
           put(to, sum[v]);
         }
@@ -187,7 +189,7 @@ class BlurPixels {
 
     // Adds what the outputs gave to the gradients of scale and shift.
     VITFAST_INLINE void finish(T* scale_sums, T* shift_sums) const {
-      if constexpr (is_gradient(kMode)) {
+      if constexpr (has_sums(kMode)) {
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
           T *scale = scale_sums + v * kVector, *shift = shift_sums + v * kVector;

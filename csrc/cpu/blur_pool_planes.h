@@ -282,7 +282,7 @@ class BlurPlanes {
     begin_ = begin, end_ = end;
     for (int64_t plane = begin; plane < end; ++plane) {
       for (int64_t i = group_->begin; i < group_->end; ++i) prepare(plane, call_.rows.loads[i]);
-      if (call_.primal != nullptr) call_.scale_partial[partial(plane)] = call_.shift_partial[partial(plane)] = 0;
+      if (call_.scale_partial != nullptr) call_.scale_partial[partial(plane)] = call_.shift_partial[partial(plane)] = 0;
     }
     for (const BlurWindow<T>& window : windows_) {
       with_mode(call_, [&](auto mode) { run_window<mode()>(window); });
@@ -360,9 +360,11 @@ class BlurPlanes {
         if (ahead_ > 0) __builtin_prefetch(primal_ + at + ahead_, 0, 2);
         const Vec<T> x = lanes.load(primal_ + at);
         sum = activate_.template backward<kMode == BlurMode::kTanhGradient>(x * scale_ + shift_, sum);
-        // Lanes beyond the last took nothing: their gradient is 0, as long as scale and shift are finite.
-        scale_sum_ = scale_sum_ + sum * x;
-        shift_sum_ = shift_sum_ + sum;
+        if constexpr (has_sums(kMode)) {
+          // Lanes beyond the last took nothing: their gradient is 0, as long as scale and shift are finite.
+          scale_sum_ = scale_sum_ + sum * x;
+          shift_sum_ = shift_sum_ + sum;
+        }
         sum = sum * scale_;
       }
       lanes.store(to_ + at, sum);
@@ -439,7 +441,7 @@ class BlurPlanes {
     for (int64_t plane = begin_; plane < end_; ++plane) {
       Plane<kMode> io(*this, plane);
       f(plane, io);
-      if constexpr (is_gradient(kMode)) {
+      if constexpr (has_sums(kMode)) {
         io.finish(call_.scale_partial + partial(plane), call_.shift_partial + partial(plane));
       }
     }

@@ -212,11 +212,17 @@ Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
   return torch::stable::new_empty(like, sizes);
 }
 
+void check_folded(const std::optional<Tensor>& mean, const std::optional<Tensor>& variance) {
+  check_blur(!mean.has_value() && !variance.has_value(), "a normalisation comes as scale and shift on a GPU");
+}
+
 Tensor blur_pool2d_cuda(Tensor x, Tensor kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                         int64_t padding_mode, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                        int64_t activation, double temperature) {
+                        std::optional<Tensor> mean, std::optional<Tensor> variance, double eps, int64_t activation,
+                        double temperature) {
   const bool channels_last = is_channels_last(x);
   check_map(x, channels_last);
+  check_folded(mean, variance);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = call_of(x, x.size(2), x.size(3), kernel, stride, padding, padding_mode, scale, shift, activation,
                       temperature, channels_last, false);
@@ -231,9 +237,12 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cuda(Tensor grad, std::o
                                                              std::vector<int64_t> size, std::vector<int64_t> stride,
                                                              std::vector<int64_t> padding, int64_t padding_mode,
                                                              std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                                             int64_t activation, double temperature) {
+                                                             std::optional<Tensor> mean, std::optional<Tensor> variance,
+                                                             double eps, int64_t activation, double temperature,
+                                                             bool sums) {
   const bool channels_last = is_channels_last(x.has_value() ? *x : grad);
   check_map(grad, channels_last);
+  check_folded(mean, variance);
   check_blur(size.size() == 2, "size must be the height and width of x");
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   Call call = call_of(grad, size[0], size[1], kernel, stride, padding, padding_mode, scale, shift, activation,
@@ -244,8 +253,9 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cuda(Tensor grad, std::o
   check_blur(x.has_value() == prologue, "x is needed with a prologue, and only then");
   const Tensor grad_x = new_map(grad, size[0], size[1], channels_last, new_tensor);
   const int64_t channels = grad.size(1);
-  Tensor sums = torch::stable::new_empty(grad, {2, prologue ? channels : 0}, ScalarType::Double);
-  Tensor grad_scale = torch::stable::select(sums, 0, 0), grad_shift = torch::stable::select(sums, 0, 1);
+  check_blur(!sums || prologue, "there are sums with a prologue only");
+  Tensor totals = torch::stable::new_empty(grad, {2, sums ? channels : 0}, ScalarType::Double);
+  Tensor grad_scale = torch::stable::select(totals, 0, 0), grad_shift = torch::stable::select(totals, 0, 1);
   call.blur.in = grad.data_ptr();
   call.blur.out = grad_x.data_ptr();
   if (x.has_value()) {
@@ -255,14 +265,14 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cuda(Tensor grad, std::o
                "x must have the dtype of grad, and its own size");
     call.blur.primal = x->data_ptr();
   }
-  if (scale.has_value() || shift.has_value()) {  // else nobody asks for the sums
+  if (sums) {
     call.grad_scale = static_cast<double*>(grad_scale.data_ptr());
     call.grad_shift = static_cast<double*>(grad_shift.data_ptr());
   }
   if (grad_x.numel() > 0) {
     run(call, grad);
   } else {
-    torch::stable::zero_(sums);
+    torch::stable::zero_(totals);
   }
   return {grad_x, grad_scale, grad_shift};
 }

@@ -121,11 +121,11 @@ def test_normalisation_and_activation_are_part_of_the_blur(name, blurs, calls):
     calls.clear()
     model(images)
     assert len(calls) == blurs
-    assert sum(options.get("scale") is not None for options in calls) == fused
+    assert sum(options.get("norm") is not None for options in calls) == fused
     model.train()
     calls.clear()
     model(images)
-    assert [options.get("scale") for options in calls] == [None] * blurs
+    assert [options.get("norm") for options in calls] == [None] * blurs
     assert sum(options.get("activation") is not None for options in calls) == fused
 
 
@@ -135,7 +135,7 @@ def test_normalisation_with_an_activation_of_its_own_is_part_of_the_blur(calls):
     calls.clear()
     model(images)
     assert [options.get("activation") for options in calls] == ["relu", None]
-    assert calls[0]["scale"] is not None
+    assert calls[0]["norm"] is not None
 
 
 @pytest.mark.parametrize("name", MODELS)

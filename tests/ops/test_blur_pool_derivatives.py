@@ -32,8 +32,10 @@ OPTIONS = {
     "replicate": {"padding_mode": "replicate", "padding": (2, 1, 0, 3)},
     "relu": {"stride": (1, 2), "activation": "relu"},
     "tanh_relu": {"stride": 2, "activation": "tanh_relu", "temperature": 1.5, "padding_mode": "zeros"},
+    "norm": {"stride": 2, "activation": "relu"},
 }
-PROLOGUE = {"relu", "tanh_relu"}
+PROLOGUE = {"relu": ("scale", "shift"), "tanh_relu": ("scale", "shift"), "norm": ("weight", "bias", "mean", "variance")}
+NO_PROLOGUE = (None, None, None, None, 0.0, 0, 1.0)  # of the registered operators
 
 
 @pytest.fixture(params=list(OPTIONS))
@@ -42,20 +44,23 @@ def name(request):
 
 
 def maker(name, size=(3, 4), channels=2):
-    """Seed -> arguments: x, and with a prologue scale and shift."""
+    """Seed -> arguments: x, and the tensors of a prologue."""
 
     def make(seed=0):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, channels, *size, generator=generator, dtype=torch.float64)
-        values = torch.randn(2, channels, generator=generator, dtype=torch.float64)
-        return (x, values[0] + 1.5, values[1]) if name in PROLOGUE else (x,)
+        values = torch.randn(4, channels, generator=generator, dtype=torch.float64)
+        values = (values[0] + 1.5, values[1], values[2], values[3].sigmoid() + 0.4)  # whose cosine is positive too
+        return (x, *values[: len(PROLOGUE.get(name, ()))])
 
     return make
 
 
 def fused(name):
-    def function(x, scale=None, shift=None):
-        return blur_pool2d(x, KERNEL, scale=scale, shift=shift, **OPTIONS[name])
+    def function(x, *values):
+        if name == "norm":
+            return blur_pool2d(x, KERNEL, norm=(*values, 1e-3), **OPTIONS[name])
+        return blur_pool2d(x, KERNEL, **dict(zip(PROLOGUE.get(name, ()), values, strict=True)), **OPTIONS[name])
 
     return function
 
@@ -193,7 +198,7 @@ def test_traced_double_backward():
 
     def penalty(x):
         (slope,) = torch.autograd.grad(
-            torch.ops.vitfast.blur_pool2d(x, KERNEL, [2, 2], [1, 1, 0, 1], 1, None, None, 0, 1.0).sin().sum(),
+            torch.ops.vitfast.blur_pool2d(x, KERNEL, [2, 2], [1, 1, 0, 1], 1, *NO_PROLOGUE).sin().sum(),
             x,
             create_graph=True,
         )
@@ -210,12 +215,12 @@ def test_traced_double_backward():
 def test_operator_refuses_gradients_through_a_prologue():
     x = torch.randn(1, 2, 5, 5, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"call vitfast\.functional"):
-        torch.ops.vitfast.blur_pool2d(x, KERNEL, [1, 1], [1, 1, 1, 1], 0, None, None, 1, 1.0)
+        torch.ops.vitfast.blur_pool2d(x, KERNEL, [1, 1], [1, 1, 1, 1], 0, None, None, None, None, 0.0, 1, 1.0)
 
 
 def test_opcheck():
     (x,) = maker("plain", (6, 7))()
-    arguments = (KERNEL, [2, 2], [1, 1, 0, 1], 1, None, None, 0, 1.0)
+    arguments = (KERNEL, [2, 2], [1, 1, 0, 1], 1, *NO_PROLOGUE)
     torch.library.opcheck(torch.ops.vitfast.blur_pool2d.default, (x.requires_grad_(), *arguments))
 
 

@@ -130,6 +130,10 @@ def assert_right(case, dtype=torch.float32):
         terms = largest_gradient_of_u(case, grad)
         assert_sum(found[2], exact[2], terms * tensors[0].double().abs())
         assert_sum(found[3], exact[3], terms)
+        # Where nobody asks for these sums, another kernel serves.
+        x, *constants = tensors
+        (alone,) = torch.autograd.grad(case.function(x.requires_grad_(), *constants), x, grad.to(x.dtype))
+        assert_close(alone, found[1])
     return found
 
 
@@ -207,6 +211,40 @@ def test_activation_alone_and_scale_alone():
     taps = PASCAL[3]
     assert_close(blur_pool2d(x, taps, scale=scale), blur_pool2d(x * scale[:, None, None], taps))
     assert_close(blur_pool2d(x, taps, shift=shift), blur_pool2d(x + shift[:, None, None], taps))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalisations(dtype, affine, channels_last):
+    """Folded by the kernels, or by PyTorch where their tensors need gradients: both as a batch normalisation."""
+    case = Case(channels_last=channels_last, size=(20, 37))
+    (x,) = case.tensors(dtype)
+    weight, bias, mean, variance = torch.randn(4, 21).to(dtype)
+    norm = [weight if affine[0] else None, bias if affine[1] else None, mean, variance.square() + 0.1]
+    grad = torch.randn(2, 21, 10, 19).to(dtype)
+
+    def in_one_pass(x, *norm):
+        return blur_pool2d(x, PASCAL[3].double(), stride=2, norm=(*norm, 1e-2), activation="relu")
+
+    def apart(x, weight, bias, mean, variance):
+        z = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, eps=1e-2)
+        with vitfast.backend("reference"):
+            return blur_pool2d(z.relu(), PASCAL[3].double(), stride=2)
+
+    def run(function, dtype, differentiated):
+        tensors = [None if t is None else t.detach().to(dtype) for t in (x, *norm)]
+        leaves = [t.requires_grad_() for t in tensors[: 3 if differentiated else 1] if t is not None]
+        output = function(*tensors)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))
+
+    for differentiated in (False, True):
+        plain, exact = run(apart, dtype, differentiated), run(apart, torch.float64, differentiated)
+        for found, *others in zip(run(in_one_pass, dtype, differentiated), plain, exact, strict=True):
+            if dtype == torch.float64:
+                assert_close(found, others[1], rtol=1e-11, atol=1e-11)
+            else:
+                assert_close_to_reference(found, *others)
 
 
 def test_float32_scale_beside_bfloat16():
@@ -356,7 +394,7 @@ def test_any_case(case, dtype):
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
-X, TAPS = torch.randn(2, 3, 8, 8), torch.tensor([0.25, 0.5, 0.25])
+X, TAPS, ONES = torch.randn(2, 3, 8, 8), torch.tensor([0.25, 0.5, 0.25]), torch.ones(3)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +412,14 @@ X, TAPS = torch.randn(2, 3, 8, 8), torch.tensor([0.25, 0.5, 0.25])
         (ValueError, "kernel must have the shape", {"kernel": torch.ones(8)}),
         (ValueError, "kernel must have the shape", {"kernel": torch.ones(1, 3, 3)}),
         (ValueError, "one value per channel", {"shift": torch.ones(4)}),
+        (ValueError, "bias of norm must have one value", {"norm": (None, ONES[:2], ONES, ONES, 0.1)}),
+        (ValueError, "either norm or these two", {"scale": ONES, "norm": (None, None, ONES, ONES, 0.1)}),
+        (ValueError, "eps of norm must be a number, and not neg", {"norm": (None, None, ONES, ONES, -0.1)}),
+        (ValueError, "eps of norm must be a number, and not neg", {"norm": (None, None, ONES, ONES, ONES[0])}),
+        (TypeError, "norm must be .weight, bias, running_mean", {"norm": (ONES, ONES)}),
+        (TypeError, "norm must be .weight, bias, running_mean", {"norm": torch.nn.BatchNorm2d(3)}),
+        (TypeError, "running_var of norm must be a torch.Tensor", {"norm": (None, None, ONES, None, 0.1)}),
+        (TypeError, "running_mean of norm must have the dtype", {"norm": (None, None, ONES.half(), ONES, 0.1)}),
         (ValueError, "stride must be at least 1", {"stride": 0}),
         (ValueError, "padding must not be negative", {"padding": -1}),
         (ValueError, "padding_mode must be one of", {"padding_mode": "mirror"}),
@@ -406,6 +452,10 @@ def test_bad_arguments(error, message, arguments):
         {"activation": 7},
         {"scale": torch.ones(2)},
         {"shift": torch.ones(3).double()},
+        {"mean": ONES},
+        {"variance": ONES},
+        {"mean": ONES, "variance": ONES[:2]},
+        {"mean": ONES.double(), "variance": ONES},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -418,6 +468,9 @@ def test_the_operator_itself_stays_within_bounds(changes):
         "padding_mode": 0,
         "scale": None,
         "shift": None,
+        "mean": None,
+        "variance": None,
+        "eps": 0.0,
         "activation": 0,
         "temperature": 1.0,
     }
@@ -434,6 +487,8 @@ def test_the_operator_itself_stays_within_bounds(changes):
         {"size": [9, 8]},
         {"activation": 0},
         {"x": None},
+        {"x": None, "activation": 0},
+        {"mean": ONES},
         {"x": torch.randn(2, 3, 8, 9)},
         {"x": X.double()},
         {"x": X.contiguous(memory_format=torch.channels_last)},
@@ -451,8 +506,12 @@ def test_the_backward_operator_itself_stays_within_bounds(changes):
         "padding_mode": 0,
         "scale": None,
         "shift": None,
+        "mean": None,
+        "variance": None,
+        "eps": 0.0,
         "activation": 1,
         "temperature": 1.0,
+        "sums": True,
     }
     torch.ops.vitfast.blur_pool2d_backward(**arguments)
     with pytest.raises(RuntimeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
@@ -87,11 +86,6 @@ def folds(norm: nn.Module, kind: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> bool:
     return type(norm) is kind and not norm.training and norm.running_mean is not None and not has_hooks(norm)
 
 
-def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """scale and shift of norm(x) = scale * x + shift, each (C,), of a norm that `folds`; float32 at least."""
-    wide = torch.promote_types(norm.running_var.dtype, torch.float32)
-    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.to(wide)
-    mean = norm.running_mean.to(wide)
-    return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias.to(wide), mean, scale, value=-1)
+def norm_arguments(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]:
+    """A norm that `folds` as `vitfast.functional.blur_pool2d` takes it."""
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps

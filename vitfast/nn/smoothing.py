@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn._checks import positive_integer
-from vitfast.nn._fusion import folds, scale_and_shift
+from vitfast.nn._fusion import folds, norm_arguments
 from vitfast.nn.blur_pool import BlurPool2d, Padding
 
 # By the temperature that the authors gave them.
@@ -122,15 +122,15 @@ class Smoothing2d(BlurPool2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         fused = self._fused_activation()
-        scale = shift = None
+        norm = None
         if fused is not None and folds(self.bn):
-            scale, shift = scale_and_shift(self.bn)
+            norm = norm_arguments(self.bn)
         else:
             x = self.bn(x)
         if fused is None:
             x, fused = self._activated(x), (None, 1.0)
         activation, temperature = fused
-        prologue = {"scale": scale, "shift": shift, "activation": activation, "temperature": temperature}
+        prologue = {"norm": norm, "activation": activation, "temperature": temperature}
         return functional.blur_pool2d(x, **self.blur_options(), **prologue)
 
     def _fused_activation(self) -> tuple[str | None, float] | None:

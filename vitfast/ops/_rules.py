@@ -15,14 +15,13 @@ from vitfast.ops.backend import BackendError
 # ---- active transforms ---------------------------------------------------------------------------------------------
 
 
-def may_be_differentiated(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether anything may ask for a derivative with respect to one of the tensors."""
-    return is_transformed() or records_gradients(tensors)
-
-
-def records_gradients(tensors: tuple[Tensor, ...]) -> bool:
+def records_gradients(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd records what is computed from the tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator in `any` takes as long again
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def is_transformed() -> bool:
@@ -156,6 +155,18 @@ def with_signature(function: type[torch.autograd.Function]) -> type[torch.autogr
     """
     function.forward.__signature__ = inspect.signature(function.forward)
     return function
+
+
+class Recorded(torch.autograd.Function):
+    """A Function for calls outside of transforms.
+
+    `Function.apply` looks for transforms and binds arguments to the signature of `forward`, in Python: 10 microseconds
+    of a training step, as long as a small map's kernel. What is needed here is its part in C++ alone.
+    """
+
+    @classmethod
+    def apply(cls, *arguments):
+        return super(torch.autograd.Function, cls).apply(*arguments)
 
 
 # ---- vmap folds the mapped dimension into the heads: each has its own scores and, in the gradient, its own bias -----

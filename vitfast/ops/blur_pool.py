@@ -19,6 +19,7 @@ plain PyTorch. So it is with forward mode inside of forward mode, where PyTorch 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +28,19 @@ from torch.autograd import forward_ad
 from vitfast import reference
 from vitfast.ops import _extension
 from vitfast.ops._rules import (
+    Recorded,
     call_operator,
     forward_ad_active,
     forward_ad_is_nested,
     is_batched_gradient,
     is_transformed,
-    may_be_differentiated,
     records_gradients,
     register_autograd,
     require_operator,
     with_signature,
 )
 from vitfast.ops.backend import choose
-from vitfast.reference.blur_pool import ACTIVATIONS, PADDING_MODES, prologue, prologue_backward
+from vitfast.reference.blur_pool import ACTIVATIONS, PADDING_MODES, fold_norm, prologue, prologue_backward
 
 NAME = "blur_pool2d"
 SERVED = ("cpu", "cuda")
@@ -52,6 +53,7 @@ class Spec:
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]  # left, right, top, bottom
     padding_mode: str
+    eps: float = 0.0  # of the normalisation, if there is one
     activation: str | None = None
     temperature: float = 1.0
 
@@ -61,43 +63,70 @@ class Spec:
         return {"stride": self.stride, "padding": self.padding, "padding_mode": self.padding_mode}
 
     @property
-    def numbers(self) -> tuple[list[int], list[int], int]:
+    def numbers(self) -> tuple[tuple[int, int], tuple[int, int, int, int], int]:
         """Stride, padding and padding mode, as the registered operators take them."""
-        return list(self.stride), list(self.padding), PADDING_MODES.index(self.padding_mode)
+        return self.stride, self.padding, PADDING_MODES.index(self.padding_mode)
 
 
-def blur_pool2d(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None, spec: Spec) -> Tensor:
+class Affine(NamedTuple):
+    """The tensors of a prologue, each (C,).
+
+    They are the scale and shift of the map, None for 1 and 0; or, with mean and variance, the weight and bias of a
+    normalisation, weight * (x - mean) / sqrt(variance + eps) + bias, which the CPU's kernels fold themselves.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+
+    def folded(self, eps: float) -> Affine:
+        """Scale and shift alone, differentiable."""
+        if self.mean is None or self.variance is None:
+            return self
+        return Affine(*fold_norm(*self, eps))
+
+
+def blur_pool2d(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor:
     """Checked arguments in, the output out: on the fastest path that serves them."""
     backend = choose(NAME, SERVED, x.device)
-    if backend == "reference" or not _is_constant(kernel) or forward_ad_is_nested():
-        return _definition(x, kernel, scale, shift, spec)
-    tensors = tuple(t for t in (x, scale, shift) if t is not None)
-    has_prologue = _has_prologue(scale, shift, spec)
+    if backend == "reference" or not _is_constant(kernel):
+        return _definition(x, kernel, affine, spec)
+    if not (torch.compiler.is_compiling() or is_transformed()):  # the usual case
+        if backend != "cpu" or records_gradients(affine):
+            affine = affine.folded(spec.eps)
+        if records_gradients((x, *affine)):
+            return RecordedBlur.apply(spec, kernel, x, *affine)
+        return _forward(x, kernel, affine, spec)
+    if forward_ad_is_nested():
+        return _definition(x, kernel, affine, spec)
+    has_prologue = _has_prologue(affine, spec)
     if torch.compiler.is_compiling():
         if forward_ad_active():  # the registered operators have no forward-mode rule
-            return _definition(x, kernel, scale, shift, spec)
+            return _definition(x, kernel, affine, spec)
         require_operator(NAME, backend, x.device)
-        if has_prologue and records_gradients(tensors):
-            x, scale, shift = prologue(x, scale, shift, spec.activation, spec.temperature).to(x.dtype), None, None
-            spec = Spec(**spec.blur)
-        return _forward(x, kernel, scale, shift, spec)
-    if not may_be_differentiated(tensors):
-        return _forward(x, kernel, scale, shift, spec)
-    if not is_transformed():
-        return RecordedBlur.apply(spec, kernel, x, scale, shift)
+        affine = affine.folded(spec.eps)
+        if has_prologue and records_gradients((x, *affine)):
+            x, affine, spec = _prologue(x, affine, spec).to(x.dtype), Affine(), Spec(**spec.blur)
+        return _forward(x, kernel, affine, spec)
     if not has_prologue:
         return Blur.apply(spec, kernel, x)
-    u = prologue(x, scale, shift, spec.activation, spec.temperature)
-    return Blur.apply(Spec(**spec.blur), kernel, u).to(x.dtype)
+    return Blur.apply(Spec(**spec.blur), kernel, _prologue(x, affine, spec)).to(x.dtype)
 
 
-def _definition(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None, spec: Spec) -> Tensor:
+def _definition(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor:
+    scale, shift, *_ = affine.folded(spec.eps)
     options = {"scale": scale, "shift": shift, "activation": spec.activation, "temperature": spec.temperature}
     return reference.blur_pool2d(x, kernel, **spec.blur, **options)
 
 
-def _has_prologue(scale: Tensor | None, shift: Tensor | None, spec: Spec) -> bool:
-    return not (scale is None and shift is None and spec.activation is None)
+def _prologue(x: Tensor, affine: Affine, spec: Spec) -> Tensor:
+    scale, shift, *_ = affine.folded(spec.eps)
+    return prologue(x, scale, shift, spec.activation, spec.temperature)
+
+
+def _has_prologue(affine: Affine, spec: Spec) -> bool:
+    return spec.activation is not None or any(tensor is not None for tensor in affine)
 
 
 def _is_constant(kernel: Tensor) -> bool:
@@ -114,39 +143,55 @@ def _is_constant(kernel: Tensor) -> bool:
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-def _forward(x: Tensor, kernel: Tensor, scale: Tensor | None, shift: Tensor | None, spec: Spec) -> Tensor:
-    activation = ACTIVATIONS.index(spec.activation)
-    values = (_per_channel(v, x) for v in (scale, shift))
-    arguments = (_dense(x), _taps(kernel), *spec.numbers, *values, activation, spec.temperature)
+def _forward(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor:
+    arguments = (_dense(x), _taps(kernel), *spec.numbers, *_prologue_arguments(x, affine, spec))
     return call_operator(torch.ops.vitfast.blur_pool2d.default, *arguments)
 
 
 def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
     """The blur's transpose of ``grad``: (B, C, *size)."""
-    arguments = (_dense(grad), None, _taps(kernel), list(size), *spec.numbers, None, None, 0, 1.0)
+    arguments = (_dense(grad), None, _taps(kernel), size, *spec.numbers, *_NO_PROLOGUE, False)
     return call_operator(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
 
 
-def _backward(grad, x, kernel, scale, shift, spec, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _backward(grad, x, kernel, affine, spec, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, scale and shift through the prologue; of the last two, those that are ``wanted``."""
     x = _dense(x)
+    of_scale, of_shift = wanted
     grad_x, grad_scale, grad_shift = call_operator(
         torch.ops.vitfast.blur_pool2d_backward.default,
         grad.contiguous(memory_format=_memory_format(x)),  # what was saved may be laid out otherwise than x was
         x,
         _taps(kernel),
-        list(x.shape[2:]),
+        x.shape[2:],
         *spec.numbers,
-        *(_per_channel(v, x) for v in (scale, shift)),
-        ACTIVATIONS.index(spec.activation),
-        spec.temperature,
+        *_prologue_arguments(x, affine, spec),
+        of_scale or of_shift,
     )
-    of_scale, of_shift = wanted
     return (
         grad_x,
-        grad_scale.to(scale.dtype) if of_scale else None,
-        grad_shift.to(shift.dtype) if of_shift else None,
+        grad_scale.to(affine.scale.dtype) if of_scale else None,
+        grad_shift.to(affine.shift.dtype) if of_shift else None,
     )
+
+
+_NO_PROLOGUE = (None, None, None, None, 0.0, 0, 1.0)
+
+
+def _prologue_arguments(x: Tensor, affine: Affine, spec: Spec) -> tuple:
+    """The prologue as the registered operators take it."""
+    if not _has_prologue(affine, spec):
+        return _NO_PROLOGUE
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tensors = (_per_channel(tensor, dtype) for tensor in affine)
+    return *tensors, spec.eps, ACTIVATIONS.index(spec.activation), spec.temperature
+
+
+def _per_channel(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """One of the tensors of a prologue in the dtype that is computed in."""
+    if values is None:
+        return None
+    return (values if values.dtype == dtype else values.to(dtype)).contiguous()  # `to` asks autograd even so
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -157,22 +202,14 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 def _dense(x: Tensor) -> Tensor:
     """x as it is if its memory format is contiguous or channels_last; else contiguous."""
-    return x.contiguous(memory_format=_memory_format(x))
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
 
 
 def _taps(kernel: Tensor) -> Tensor:
     """The kernel as the operators take it: contiguous, in float32 or float64."""
-    return (
-        kernel.contiguous() if kernel.dtype in (torch.float32, torch.float64) else kernel.to(torch.float32).contiguous()
-    )
-
-
-def _per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
-    """Scale or shift in the dtype that x is computed in."""
-    if values is None:
-        return None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (values if values.dtype == dtype else values.to(dtype)).contiguous()  # `to` asks autograd even so
+    return (kernel if kernel.dtype in (torch.float32, torch.float64) else kernel.to(torch.float32)).contiguous()
 
 
 # ---- differentiation -----------------------------------------------------------------------------------------------
@@ -189,7 +226,7 @@ class Blur(torch.autograd.Function):
 
     @staticmethod
     def forward(spec, kernel, x):
-        return _forward(x, kernel, None, None, spec)
+        return _forward(x, kernel, Affine(), spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -256,34 +293,38 @@ def _apply_transposed(spec: Spec, size: tuple[int, int], kernel: Tensor, grad: T
     return BlurTransposed.apply(spec, size, kernel, grad)
 
 
-@with_signature
-class RecordedBlur(torch.autograd.Function):
-    """(spec, kernel, x, scale, shift) -> A activation(scale x + shift), outside of transforms.
+class RecordedBlur(Recorded):
+    """(spec, kernel, x, *affine) -> A activation(scale x + shift), outside of transforms.
 
-    A Function whose forward takes the context cannot be transformed, but costs 12 microseconds less in a backward.
+    The tensors of a normalisation, if it is one, need no gradients.
     """
 
     @staticmethod
-    def forward(ctx, spec, kernel, x, scale, shift):
-        ctx.spec, ctx.size, ctx.memory_format = spec, tuple(x.shape[2:]), _memory_format(x)
+    def forward(ctx, spec, kernel, x, *affine):
+        affine = Affine(*affine)
+        ctx.spec, ctx.size, ctx.memory_format = spec, x.shape[2:], _memory_format(x)
         # Without a prologue nothing of x is kept but its size.
-        ctx.save_for_backward(kernel, x if _has_prologue(scale, shift, spec) else None, scale, shift)
-        return _forward(x, kernel, scale, shift, spec)
+        ctx.save_for_backward(kernel, x if _has_prologue(affine, spec) else None, *affine)
+        return _forward(x, kernel, affine, spec)
 
     @staticmethod
     def backward(ctx, grad):
-        kernel, x, scale, shift = ctx.saved_tensors
-        spec = ctx.spec
-        if _is_plain(grad):
-            if x is None:
-                grad = grad.contiguous(memory_format=ctx.memory_format)
-                return None, None, _transposed(grad, kernel, ctx.size, spec), None, None
-            return None, None, *_backward(grad, x, kernel, scale, shift, spec, ctx.needs_input_grad[3:])
-        if x is None:
-            return None, None, _apply_transposed(spec, ctx.size, kernel, grad), None, None
-        wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-        grad_u = _apply_transposed(Spec(**spec.blur), ctx.size, kernel, wide)
-        return None, None, *prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
+        kernel, x, *affine = ctx.saved_tensors
+        spec, affine = ctx.spec, Affine(*affine)
+        of_affine = (None, None)
+        if x is None and _is_plain(grad):
+            grad_x = _transposed(grad.contiguous(memory_format=ctx.memory_format), kernel, ctx.size, spec)
+        elif x is None:
+            grad_x = _apply_transposed(spec, ctx.size, kernel, grad)
+        elif _is_plain(grad):
+            grad_x, *of_affine = _backward(grad, x, kernel, affine, spec, ctx.needs_input_grad[3:5])
+        else:
+            wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+            grad_u = _apply_transposed(Spec(**spec.blur), ctx.size, kernel, wide)
+            scale, shift, *_ = affine.folded(spec.eps)
+            grad_x, *grads = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
+            of_affine = grads if affine.mean is None else of_affine
+        return None, None, grad_x, *of_affine, None, None
 
 
 def _fold(x: Tensor, dim: int) -> Tensor:
@@ -298,15 +339,16 @@ def _unfold(x: Tensor, info) -> Tensor:
 # ---- registered operators: fakes for tracing, autograd for torch.compile ---------------------------------------------
 
 
-def _fake(x, kernel, stride, padding, padding_mode, scale, shift, activation, temperature):
+def _fake(x, kernel, stride, padding, padding_mode, *prologue):
     left, right, top, bottom = padding
     height = (x.shape[2] + top + bottom - kernel.shape[0]) // stride[0] + 1
     width = (x.shape[3] + left + right - kernel.shape[1]) // stride[1] + 1
     return _new_map(x, height, width)
 
 
-def _fake_backward(grad, x, kernel, size, stride, padding, padding_mode, scale, shift, activation, temperature):
-    channels = 0 if x is None else grad.shape[1]
+def _fake_backward(grad, x, kernel, size, stride, padding, padding_mode, *prologue_and_sums):
+    *_, sums = prologue_and_sums
+    channels = grad.shape[1] if sums else 0
     return _new_map(grad, *size), *(grad.new_empty((channels,), dtype=torch.float64) for _ in range(2))
 
 
@@ -316,23 +358,23 @@ def _new_map(like: Tensor, height: int, width: int) -> Tensor:
 
 
 def _setup_compiled(ctx, inputs, output):
-    x, kernel, *ctx.numbers, scale, shift, activation, _ = inputs
-    if not (scale is None and shift is None and activation == 0):
+    x, kernel, stride, padding, padding_mode, *prologue = inputs
+    if tuple(prologue[:4]) != (None,) * 4 or prologue[5] != 0:
         raise RuntimeError(
             "torch.ops.vitfast.blur_pool2d records no gradient through a prologue; call vitfast.functional.blur_pool2d"
         )
-    ctx.size = list(x.shape[2:])
+    ctx.size, ctx.numbers = list(x.shape[2:]), (stride, padding, padding_mode)
     ctx.save_for_backward(kernel)
 
 
 def _compiled_backward(ctx, grad):
     (kernel,) = ctx.saved_tensors
-    arguments = (_dense(grad), None, kernel, ctx.size, *ctx.numbers, None, None, 0, 1.0)
-    return torch.ops.vitfast.blur_pool2d_backward(*arguments)[0], *(None,) * 8
+    arguments = (_dense(grad), None, kernel, ctx.size, *ctx.numbers, *_NO_PROLOGUE, False)
+    return torch.ops.vitfast.blur_pool2d_backward(*arguments)[0], *(None,) * 11
 
 
 def _setup_compiled_backward(ctx, inputs, output):
-    _, x, kernel, _, *ctx.numbers, _, _, _, _ = inputs
+    _, x, kernel, _, *ctx.numbers = inputs[:7]
     if x is not None:
         raise RuntimeError(
             "torch.ops.vitfast.blur_pool2d_backward records no gradient through a prologue; "
@@ -343,30 +385,31 @@ def _setup_compiled_backward(ctx, inputs, output):
 
 def _compiled_double_backward(ctx, cotangent, *_):
     (kernel,) = ctx.saved_tensors
-    return torch.ops.vitfast.blur_pool2d(_dense(cotangent), kernel, *ctx.numbers, None, None, 0, 1.0), *(None,) * 10
+    return torch.ops.vitfast.blur_pool2d(_dense(cotangent), kernel, *ctx.numbers, *_NO_PROLOGUE), *(None,) * 14
 
 
-def _spec_of(numbers: list, activation: int, temperature: float) -> Spec:
-    stride, padding, mode = numbers
-    return Spec(tuple(stride), tuple(padding), PADDING_MODES[mode], ACTIVATIONS[activation], temperature)
+def _prologue_of(stride, padding, mode, scale, shift, mean, variance, eps, activation, temperature):
+    """The tensors of the prologue and the rest, of the arguments of a registered operator."""
+    numbers = tuple(stride), tuple(padding), PADDING_MODES[mode]
+    return Affine(scale, shift, mean, variance), Spec(*numbers, eps, ACTIVATIONS[activation], temperature)
 
 
 def _defined(x, kernel, *options):
-    *numbers, scale, shift, activation, temperature = options
-    return _definition(x, kernel, scale, shift, _spec_of(numbers, activation, temperature)).to(x.dtype)
+    return _definition(x, kernel, *_prologue_of(*options)).to(x.dtype)
 
 
-def _defined_backward(grad, x, kernel, size, *options):
-    *numbers, scale, shift, activation, temperature = options
-    spec = _spec_of(numbers, activation, temperature)
+def _defined_backward(grad, x, kernel, size, *options_and_sums):
+    *options, sums = options_and_sums
+    affine, spec = _prologue_of(*options)
     grad_u = reference.blur_pool2d_transposed(grad, kernel, tuple(size), **spec.blur)
     none = grad.new_empty((0,), dtype=torch.float64)
     if x is None:
         return grad_u, none, none
     ones = grad_u.new_ones(grad.shape[1])
+    scale, shift, *_ = affine.folded(spec.eps)
     scale, shift = ones if scale is None else scale, torch.zeros_like(ones) if shift is None else shift
-    grad_x, *sums = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
-    return grad_x, *(value.to(torch.float64) for value in sums)
+    grad_x, *totals = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
+    return grad_x, *(total.to(torch.float64) if sums else none for total in totals)
 
 
 if _extension.available():

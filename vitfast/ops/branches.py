@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _extension
-from vitfast.ops._rules import records_gradients, with_signature
+from vitfast.ops._rules import Recorded, records_gradients
 from vitfast.ops.linear import PLAIN, has_product_kernel, is_plain_backward, is_plain_call, rows_of
 from vitfast.ops.mlp import BLOCK_ROWS, Weights, row_blocks
 
@@ -200,16 +200,12 @@ def _by_definition(
     return [next(found) if is_needed else None for is_needed in needed]
 
 
-def _records_gradients(*tensors: Tensor | None) -> bool:
-    return records_gradients(tuple(t for t in tensors if t is not None))
-
-
 # ---- x + s mlp(norm(x)) ----------------------------------------------------------------------------------------------
 
 
 def residual_mlp(x: Tensor, norm: Norm, weights: Weights, depth: Depth) -> Tensor:
     """x + s mlp(norm(x)) of a map x (B, ..., C) and one factor s for each of its B samples."""
-    if _records_gradients(x, *norm[:2], *weights):
+    if records_gradients((x, *norm[:2], *weights)):
         return ResidualMlp.apply(x, depth, norm.eps, *norm[:2], *weights)
     return _residual_mlp(x, norm, weights, depth, keep=False)[0]
 
@@ -228,8 +224,7 @@ def _residual_mlp(x: Tensor, norm: Norm, weights: Weights, depth: Depth, keep: b
     return out.view(x.shape), kept
 
 
-@with_signature
-class ResidualMlp(torch.autograd.Function):
+class ResidualMlp(Recorded):
     """(x, depth, eps, the norm's weight and bias, W1, b1, W2, b2) -> output. Called outside of transforms only."""
 
     @staticmethod
@@ -296,7 +291,7 @@ def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, dept
 
     The gradient of that second result is where the first one's is added to: one pass instead of three.
     """
-    if _records_gradients(x, *norm[:2], weight, bias):
+    if records_gradients((x, *norm[:2], weight, bias)):
         return NormLinear.apply(x, depth, norm.eps, *norm[:2], weight, bias)
     return _norm_linear(x, norm, weight, bias, depth), x
 
@@ -309,8 +304,7 @@ def _norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, dep
     return out.view(len(depth.kept), *x.shape[1:-1], len(weight))
 
 
-@with_signature
-class NormLinear(torch.autograd.Function):
+class NormLinear(Recorded):
     """(x, depth, eps, the norm's weight and bias, W, b) -> (output, x). Called outside of transforms only."""
 
     @staticmethod
@@ -374,7 +368,7 @@ def _norm_linear_backward(
 
 def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, depth: Depth) -> Tensor:
     """x + s (y W^T + b) of a map x (B, ..., C), with y (B', ..., D) of the samples that are kept."""
-    if _records_gradients(x, y, weight, bias):
+    if records_gradients((x, y, weight, bias)):
         return AddLinear.apply(x, y, depth, weight, bias)
     return _add_linear(x, y, weight, bias, depth)
 
@@ -390,8 +384,7 @@ def _add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, depth
     return out.view(x.shape)
 
 
-@with_signature
-class AddLinear(torch.autograd.Function):
+class AddLinear(Recorded):
     """(x, y, depth, W, b) -> output. Called outside of transforms only."""
 
     @staticmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from vitfast.ops import _extension
-from vitfast.ops._rules import is_autocast, is_batched_gradient, is_transformed, records_gradients
+from vitfast.ops._rules import Recorded, is_autocast, is_batched_gradient, is_transformed, records_gradients
 from vitfast.ops.backend import is_chosen
 
 _DTYPE = torch.float32
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of x (..., C), W (D, C) and b (D,)."""
     if x.dtype != _DTYPE or not is_plain_call(x):
         return F.linear(x, weight, bias)
-    if records_gradients((x, weight) if bias is None else (x, weight, bias)):
+    if records_gradients((x, weight, bias)):
         return Linear.apply(x, weight, bias)
     return product(rows_of(x), weight, bias).reshape(*x.shape[:-1], len(weight))
 
@@ -133,7 +133,7 @@ def has_gradient_kernel(grad: Tensor, x: Tensor) -> bool:
     )
 
 
-class Linear(torch.autograd.Function):
+class Linear(Recorded):
     """(x, W, b) -> x W^T + b. Called outside of transforms only."""
 
     @staticmethod

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _extension
-from vitfast.ops._rules import records_gradients
+from vitfast.ops._rules import Recorded, records_gradients
 from vitfast.ops.linear import is_plain_backward, is_plain_call, parameter_gradients, product, rows_of
 
 # Rows at a time. Fewer, and the matrix products lose speed; many more, and the hidden values outgrow the caches.
@@ -36,7 +36,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     weights = (weight1, bias1, weight2, bias2)
     if not is_plain_call(x):
         return reference.mlp(x, *weights)
-    if records_gradients((x, *(weight for weight in weights if weight is not None))):
+    if records_gradients((x, *weights)):
         return Mlp.apply(x, *weights)
     return _forward(x, weights, keep=False)[0]
 
@@ -96,7 +96,7 @@ def _backward(
     return None if grad_x is None else grad_x.reshape(x.shape), *first, *second
 
 
-class Mlp(torch.autograd.Function):
+class Mlp(Recorded):
     """(x, W1, b1, W2, b2) -> output. Called outside of transforms only."""
 
     @staticmethod

@@ -66,6 +66,18 @@ def prologue(
     return z if activation is None else z.relu()
 
 
+def fold_norm(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """scale and shift of the normalisation weight * (x - mean) / sqrt(variance + eps) + bias, in float32 at least."""
+    dtype = torch.promote_types(variance.dtype, torch.float32)
+    scale = (variance.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    mean = mean.to(dtype)
+    return scale, -mean * scale if bias is None else torch.addcmul(bias.to(dtype), mean, scale, value=-1)
+
+
 def prologue_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None, temperature: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitfast import functional
 from vitfast.nn import BlurPool2d
-from vitfast.nn._fusion import folds, has_hooks, scale_and_shift
+from vitfast.nn._fusion import folds, has_hooks, norm_arguments
 from vitfast.ops._rules import is_autocast
 
 # The activations that `blur_pool2d` applies on the way.
@@ -53,15 +53,15 @@ def blur_after_norm(norm: nn.Module, activation: nn.Module, blur: nn.Module, x: 
     if has_hooks(activation) or not _serves(blur, x):
         return blur(activation(norm(x)))
     if folds(norm):
-        return _one_pass(*scale_and_shift(norm), activation, blur, x)
-    return _one_pass(None, None, activation, blur, norm(x))
+        return _one_pass(norm_arguments(norm), activation, blur, x)
+    return _one_pass(None, activation, blur, norm(x))
 
 
 def blur_after_norm_act(norm_act: nn.BatchNorm2d, activation: nn.Module, blur: nn.Module, x: Tensor) -> Tensor:
     """blur(norm_act(x)) of a normalisation that applies its activation itself; one pass over x in evaluation mode."""
     if not folds(norm_act, type(norm_act)) or not _serves(blur, x):
         return blur(norm_act(x))
-    return _one_pass(*scale_and_shift(norm_act), activation, blur, x)
+    return _one_pass(norm_arguments(norm_act), activation, blur, x)
 
 
 def _serves(blur: nn.Module, x: Tensor) -> bool:
@@ -69,9 +69,9 @@ def _serves(blur: nn.Module, x: Tensor) -> bool:
     return (isinstance(blur, FusedBlur) or type(blur) is BlurPool2d) and not has_hooks(blur) and takes(x)
 
 
-def _one_pass(scale: Tensor | None, shift: Tensor | None, activation: nn.Module, blur: nn.Module, x: Tensor) -> Tensor:
+def _one_pass(norm: tuple | None, activation: nn.Module, blur: nn.Module, x: Tensor) -> Tensor:
     options = blur.blur_options() | {"activation": _ACTIVATIONS[type(activation)]}
-    return functional.blur_pool2d(x, scale=scale, shift=shift, **options)
+    return functional.blur_pool2d(x, norm=norm, **options)
 
 
 def _is_blur(module: nn.Module) -> bool:
