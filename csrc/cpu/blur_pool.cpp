@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -21,6 +23,7 @@ namespace {
 
 using cpu::BlurCall;
 using cpu::BlurMatrix;
+using cpu::BlurPlan;
 using cpu::BlurRows;
 using cpu::BlurTap;
 using torch::headeronly::ScalarType;
@@ -36,22 +39,19 @@ struct Lines {
   std::vector<std::vector<double>> columns;  // its lines; a single one serves all rows
 };
 
+constexpr int64_t kMostTaps = 7;  // each way
+
 // The taps of a kernel of float32 or float64, line by line.
-std::vector<double> taps_of(const Tensor& kernel) {
-  const int64_t taps = kernel.numel();
+void copy_taps(const Tensor& kernel, double* taps) {
   if (kernel.scalar_type() == ScalarType::Float) {
-    const float* values = static_cast<const float*>(kernel.data_ptr());
-    return std::vector<double>(values, values + taps);
+    std::copy_n(static_cast<const float*>(kernel.data_ptr()), kernel.numel(), taps);
+  } else {
+    std::copy_n(static_cast<const double*>(kernel.data_ptr()), kernel.numel(), taps);
   }
-  const double* values = static_cast<const double*>(kernel.data_ptr());
-  return std::vector<double>(values, values + taps);
 }
 
 // `exact`: for maps of float64.
-Lines lines_of(const Tensor& kernel, bool exact) {
-  const int64_t height = kernel.size(0), width = kernel.size(1);
-  const std::vector<double> taps = taps_of(kernel);
-  const double* values = taps.data();
+Lines lines_of(const double* values, int64_t height, int64_t width, bool exact) {
   const double* pivot =
       std::max_element(values, values + height * width, [](double a, double b) { return std::abs(a) < std::abs(b); });
   const double* pivot_row = values + (pivot - values) / width * width;
@@ -211,53 +211,103 @@ Geometry geometry_of(int64_t size, int64_t taps, int64_t stride, int64_t before,
 // memory is met in order.
 constexpr int64_t kFarBytes = 10 << 20, kFarStripBytes = 2048;
 
-int64_t rows_of_strip(const BlurCall& call, int64_t element_size) {
-  const int64_t in = call.in_height * call.in_width, out = call.out_height * call.out_width;
-  const bool far = call.batch * call.channels * (in + out) * element_size >= kFarBytes;
+int64_t rows_of_strip(const BlurPlan& plan, int64_t element_size) {
+  const int64_t in = plan.in_height * plan.in_width, out = plan.out_height * plan.out_width;
+  const bool far = plan.batch * plan.channels * (in + out) * element_size >= kFarBytes;
   const int64_t values = far ? kFarStripBytes / element_size : cpu::kStripValues;
-  return std::max<int64_t>(values / std::max(call.in_width, call.out_width), far ? 8 : 16);
+  return std::max<int64_t>(values / std::max(plan.in_width, plan.out_width), far ? 8 : 16);
 }
 
-// The blur of a (batch, channels, height, width) map, or its transpose; without its tensors.
-BlurCall call_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel, const Options& options,
-                 const cpu::BlurPrologue& prologue, bool channels_last, bool transpose) {
-  check_blur_kernel(kernel);
-  check_blur(options.stride.size() == 2 && options.padding.size() == 4, "stride takes 2 numbers, padding 4");
-  const auto& [stride, padding, mode] = options;
-  const Geometry rows = geometry_of(height, kernel.size(0), stride[0], padding[2], padding[3], mode);
-  const Geometry columns = geometry_of(width, kernel.size(1), stride[1], padding[0], padding[1], mode);
-  const Lines lines = lines_of(kernel, like.scalar_type() == ScalarType::Double);
+// What a plan is made from: the blur of maps, or its transpose. Without padding, so that keys can be compared by bytes.
+struct PlanKey {
+  int64_t height, width, batch, channels, storage, element_size, channels_last, transpose, prepared, instructions;
+  int64_t stride[2], padding[4], padding_mode, taps[2];
+  double weights[kMostTaps * kMostTaps];
 
-  BlurCall call{};
-  call.storage = cpu::storage_of(like.scalar_type());
-  call.channels_last = channels_last;
-  call.prologue = prologue;
-  call.row_period = transpose ? stride[0] : 1;
-  call.column_period = transpose ? stride[1] : 1;
-  call.batch = like.size(0);
-  call.channels = like.size(1);
-  call.in_height = height, call.out_height = rows.outputs;
-  call.in_width = width, call.out_width = columns.outputs;
+  bool operator==(const PlanKey& other) const { return std::memcmp(this, &other, sizeof(PlanKey)) == 0; }
+};
+
+std::shared_ptr<const BlurPlan> new_plan(const PlanKey& key) {
+  const auto& [height, width, batch, channels, storage, element_size, channels_last, transpose, prepared, instructions,
+               stride, padding, mode, taps, weights] = key;
+  const Geometry rows = geometry_of(height, taps[0], stride[0], padding[2], padding[3], mode);
+  const Geometry columns = geometry_of(width, taps[1], stride[1], padding[0], padding[1], mode);
+  const Lines lines = lines_of(weights, taps[0], taps[1], static_cast<cpu::Storage>(storage) == cpu::Storage::kFloat64);
+
+  const auto plan = std::make_shared<BlurPlan>();
+  plan->storage = static_cast<cpu::Storage>(storage);
+  plan->channels_last = channels_last;
+  plan->prepared = prepared;
+  plan->row_period = transpose ? stride[0] : 1;
+  plan->column_period = transpose ? stride[1] : 1;
+  plan->batch = batch;
+  plan->channels = channels;
+  plan->in_height = height, plan->out_height = rows.outputs;
+  plan->in_width = width, plan->out_width = columns.outputs;
   BlurMatrix matrix = matrix_of(rows, lines.rows, lines.columns.size() > 1);
-  for (const std::vector<double>& line : lines.columns) call.columns.push_back(matrix_of(columns, line, false));
+  for (const std::vector<double>& line : lines.columns) plan->columns.push_back(matrix_of(columns, line, false));
   if (transpose) {
-    std::swap(call.in_height, call.out_height);
-    std::swap(call.in_width, call.out_width);
+    std::swap(plan->in_height, plan->out_height);
+    std::swap(plan->in_width, plan->out_width);
     matrix = transposed(matrix, height);
-    for (BlurMatrix& line : call.columns) line = transposed(line, width);
+    for (BlurMatrix& line : plan->columns) line = transposed(line, width);
   }
   // Enough strips for many threads, the same whatever their number, so that sums have one order.
   constexpr int64_t kTasks = 64;
-  const int64_t least_rows = channels_last ? 8 : 16, maps = channels_last ? call.batch : call.batch * call.channels;
+  const int64_t least_rows = channels_last ? 8 : 16, maps = channels_last ? batch : batch * channels;
   const int64_t strips =
-      std::clamp<int64_t>(kTasks / std::max<int64_t>(maps, 1), 1, std::max<int64_t>(call.out_height / least_rows, 1));
-  int64_t strip = (call.out_height + strips - 1) / strips, group = 1;
-  if (!channels_last) group = strip = std::min(strip, rows_of_strip(call, like.element_size()));
-  call.rows = rows_of(std::move(matrix), strip, group);
+      std::clamp<int64_t>(kTasks / std::max<int64_t>(maps, 1), 1, std::max<int64_t>(plan->out_height / least_rows, 1));
+  int64_t strip = (plan->out_height + strips - 1) / strips, group = 1;
+  if (!channels_last) group = strip = std::min(strip, rows_of_strip(*plan, element_size));
+  plan->rows = rows_of(std::move(matrix), strip, group);
+  if (prepared) prepare_rows(plan->rows, plan->in_height);
+  plan->tables = kernels().tables(*plan);
+  return plan;
+}
+
+// The plan of a key: one that this thread has kept, or a new one. Plans of very large maps are large and not kept.
+std::shared_ptr<const BlurPlan> plan_of(const PlanKey& key) {
+  constexpr size_t kKept = 32;
+  constexpr int64_t kLargest = 2048;
+  thread_local std::vector<std::pair<PlanKey, std::shared_ptr<const BlurPlan>>> kept;
+  thread_local size_t next = 0;  // to be replaced
+  for (const auto& [other, plan] : kept) {
+    if (other == key) return plan;
+  }
+  std::shared_ptr<const BlurPlan> plan = new_plan(key);
+  if (std::max(key.height, key.width) > kLargest) return plan;
+  if (kept.size() < kKept) {
+    kept.emplace_back(key, plan);
+  } else {
+    kept[next] = {key, plan};
+    next = (next + 1) % kKept;
+  }
+  return plan;
+}
+
+// The plan for a (batch, channels, height, width) map.
+std::shared_ptr<const BlurPlan> plan_of(const Tensor& like, int64_t height, int64_t width, const Tensor& kernel,
+                                        const Options& options, BlurActivation activation, bool channels_last,
+                                        bool transpose) {
+  check_blur_kernel(kernel);
+  const auto& [stride, padding, mode] = options;
+  check_blur(stride.size() == 2 && padding.size() == 4, "stride takes 2 numbers, padding 4");
+  PlanKey key{};
+  key.height = height, key.width = width;
+  key.batch = like.size(0), key.channels = like.size(1);
+  key.storage = static_cast<int64_t>(cpu::storage_of(like.scalar_type()));
+  key.element_size = static_cast<int64_t>(like.element_size());
+  key.channels_last = channels_last;
+  key.transpose = transpose;
   // A row takes part in several outputs: worth a buffer for what is dear.
-  call.prepared = !transpose && prologue.activation == BlurActivation::kTanhRelu;
-  if (call.prepared) prepare_rows(call.rows, call.in_height);
-  return call;
+  key.prepared = !transpose && activation == BlurActivation::kTanhRelu;
+  key.instructions = static_cast<int64_t>(cpu::instruction_set());
+  std::copy(stride.begin(), stride.end(), key.stride);
+  std::copy(padding.begin(), padding.end(), key.padding);
+  key.padding_mode = mode;
+  key.taps[0] = kernel.size(0), key.taps[1] = kernel.size(1);
+  copy_taps(kernel, key.weights);
+  return plan_of(key);
 }
 
 // What an operator is given for its prologue.
@@ -332,8 +382,9 @@ Tensor blur_pool2d_cpu(Tensor x, Tensor kernel, std::vector<int64_t> stride, std
   check_map(x, channels_last);
   const Prologue prologue(x, {scale, shift, mean, variance, eps}, activation, temperature);
   const Options options{stride, padding, padding_mode};
-  BlurCall call = call_of(x, x.size(2), x.size(3), kernel, options, prologue.call(), channels_last, false);
-  const Tensor out = new_map(x, call.out_height, call.out_width, channels_last, cpu::new_result);
+  const auto plan = plan_of(x, x.size(2), x.size(3), kernel, options, prologue.call().activation, channels_last, false);
+  const Tensor out = new_map(x, plan->out_height, plan->out_width, channels_last, cpu::new_result);
+  BlurCall call{*plan, prologue.call()};
   call.in = x.data_ptr();
   call.out = out.data_ptr();
   if (!empty(out)) kernels().run(call);
@@ -353,9 +404,11 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
   check_blur(size.size() == 2, "size must be the height and width of x");
   const Prologue prologue(grad, {scale, shift, mean, variance, eps}, activation, temperature);
   const Options options{stride, padding, padding_mode};
-  BlurCall call = call_of(grad, size[0], size[1], kernel, options, prologue.call(), channels_last, true);
-  check_blur(grad.size(2) == call.in_height && grad.size(3) == call.in_width, "grad must have the size of the output");
+  const auto plan = plan_of(grad, size[0], size[1], kernel, options, prologue.call().activation, channels_last, true);
+  check_blur(grad.size(2) == plan->in_height && grad.size(3) == plan->in_width,
+             "grad must have the size of the output");
   const Tensor grad_x = new_map(grad, size[0], size[1], channels_last, cpu::new_result);
+  BlurCall call{*plan, prologue.call()};
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();
   Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);
@@ -375,15 +428,15 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
     if (!empty(grad_x)) kernels().run(call);
     return {grad_x, none, none};
   }
-  Tensor partial = torch::stable::new_empty(grad, {2, call.parts(), call.channels}, ScalarType::Double);
-  Tensor totals = torch::stable::new_empty(grad, {2, call.channels}, ScalarType::Double);
+  Tensor partial = torch::stable::new_empty(grad, {2, plan->parts(), plan->channels}, ScalarType::Double);
+  Tensor totals = torch::stable::new_empty(grad, {2, plan->channels}, ScalarType::Double);
   call.scale_partial = static_cast<double*>(partial.data_ptr());
   call.shift_partial = call.scale_partial + partial.stride(0);
   if (empty(grad_x)) {
     torch::stable::zero_(totals);
   } else {
     kernels().run(call);
-    cpu::add_up_partial_sums(partial, 2, call.parts(), call.channels, totals);
+    cpu::add_up_partial_sums(partial, 2, plan->parts(), plan->channels, totals);
   }
   if (!sums) return {grad_x, none, none};
   return {grad_x, torch::stable::select(totals, 0, 0), torch::stable::select(totals, 0, 1)};

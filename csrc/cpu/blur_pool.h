@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "blur_pool_options.h"
@@ -63,25 +64,32 @@ struct BlurPrologue {
   bool any() const { return activation != BlurActivation::kNone || scale != nullptr || shift != nullptr; }
 };
 
-struct BlurCall {
+// All of a call but its tensors. Steps of a model ask for the same plans again and again, and to make one takes as long
+// as to blur a small map: it is kept.
+struct BlurPlan {
   Storage storage;
   bool channels_last;
   bool prepared;  // whether rows of the input go through slots, where their prologue is applied
   int64_t batch, channels, in_height, in_width, out_height, out_width;
   BlurRows rows;
-  std::vector<BlurMatrix> columns;    // one for each line of the kernel, or a single one
-  int64_t row_period, column_period;  // every so many outputs are likely to have the same taps
-  const void* in;
-  void* out;
-  BlurPrologue prologue;  // of the input; of `primal` if there is one, whose gradient is then written
-
-  const void* primal = nullptr;                               // x, laid out as `out`
-  double *scale_partial = nullptr, *shift_partial = nullptr;  // (batch, strips, channels), or null: not wanted
+  std::vector<BlurMatrix> columns;     // one for each line of the kernel, or a single one
+  int64_t row_period, column_period;   // every so many outputs are likely to have the same taps
+  std::shared_ptr<const void> tables;  // what the kernels make of all this, in the type that is computed in
 
   int64_t parts() const { return batch * rows.strip_count(); }
 };
 
+struct BlurCall {
+  const BlurPlan& plan;
+  BlurPrologue prologue;  // of the input; of `primal` if there is one, whose gradient is then written
+  const void* in = nullptr;
+  void* out = nullptr;
+  const void* primal = nullptr;                               // x, laid out as `out`
+  double *scale_partial = nullptr, *shift_partial = nullptr;  // (batch, strips, channels), or null: not wanted
+};
+
 struct BlurKernels {
+  std::shared_ptr<const void> (*tables)(const BlurPlan&);
   void (*run)(const BlurCall&);
 };
 

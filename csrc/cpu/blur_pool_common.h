@@ -146,7 +146,7 @@ inline void with_mode(const BlurCall& call, F f) {
     if (call.scale_partial != nullptr) return f(std::integral_constant<BlurMode, BlurMode::kSumGradient>{});
     return f(std::integral_constant<BlurMode, BlurMode::kGradient>{});
   }
-  if (call.prepared) return f(std::integral_constant<BlurMode, BlurMode::kPrepared>{});
+  if (call.plan.prepared) return f(std::integral_constant<BlurMode, BlurMode::kPrepared>{});
   if (call.prologue.any()) return f(std::integral_constant<BlurMode, BlurMode::kClamp>{});
   f(std::integral_constant<BlurMode, BlurMode::kPlain>{});
 }
@@ -174,15 +174,16 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 
 template <class S>
 inline bool is_streamed(const BlurCall& call) {
-  const int64_t values = call.batch * call.channels * call.out_height * call.out_width;
+  const int64_t values = call.plan.batch * call.plan.channels * call.plan.out_height * call.plan.out_width;
   return std::is_same_v<S, Compute<S>> && values * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
 }
 
 // Whether the larger of the two maps is likely to come from memory: with the other it fills the third level.
 template <class S>
 inline bool comes_from_memory(const BlurCall& call) {
-  const int64_t in = call.in_height * call.in_width, out = call.out_height * call.out_width;
-  return call.batch * call.channels * std::max(in, out) * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes / 2;
+  const int64_t in = call.plan.in_height * call.plan.in_width, out = call.plan.out_height * call.plan.out_width;
+  return call.plan.batch * call.plan.channels * std::max(in, out) * static_cast<int64_t>(sizeof(S)) >=
+         kStreamedBytes / 2;
 }
 
 template <class T>

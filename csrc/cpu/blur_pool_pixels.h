@@ -37,13 +37,13 @@ struct BlurSlide {
 };
 
 template <class T>
-inline std::vector<BlurSlide<T>> slides_of(const BlurCall& call) {
+inline std::vector<BlurSlide<T>> slides_of(const BlurPlan& plan) {
   std::vector<BlurSlide<T>> slides;
-  const BlurMatrix *columns = call.columns.data(), *end = columns + call.columns.size();
-  for (const BlurSeries& series : series_of(columns, end, 0, call.out_width, call.column_period)) {
+  const BlurMatrix *columns = plan.columns.data(), *end = columns + plan.columns.size();
+  for (const BlurSeries& series : series_of(columns, end, 0, plan.out_width, plan.column_period)) {
     BlurSlide<T>& slide = slides.emplace_back();
     slide.series = series;
-    slide.neighbours = call.columns.size() == 1;
+    slide.neighbours = plan.columns.size() == 1;
     for (const BlurMatrix* line = columns; line < end; ++line) {
       for (int64_t t = 0; t < line->taps_of(series.first); ++t) {
         const BlurTap& tap = line->first_tap(series.first)[t];
@@ -55,6 +55,15 @@ inline std::vector<BlurSlide<T>> slides_of(const BlurCall& call) {
   return slides;
 }
 
+template <class T>
+struct BlurPixelTables {
+  BlurRowTaps<T> rows;
+  std::vector<BlurSlide<T>> slides;
+
+  explicit BlurPixelTables(const BlurPlan& plan)
+      : rows(plan.rows.matrix, plan.in_width * plan.channels), slides(slides_of<T>(plan)) {}
+};
+
 template <class S>
 class BlurPixels {
   using T = Compute<S>;
@@ -62,14 +71,16 @@ class BlurPixels {
   static constexpr int kVectors = VITFAST_VECTOR_BYTES == 64 ? 4 : 2;  // that go along a row at once
 
  public:
-  BlurPixels(const BlurCall& call, const BlurRowTaps<T>& rows, const std::vector<BlurSlide<T>>& slides)
+  explicit BlurPixels(const BlurCall& call)
       : call_(call),
-        rows_(rows),
-        slides_(slides),
-        channels_(call.channels),
+        plan_(call.plan),
+        rows_(tables(call).rows),
+        slides_(tables(call).slides),
+        channels_(call.plan.channels),
         streamed_(is_streamed<S>(call) && channels_ % kVector == 0 && is_aligned(static_cast<const T*>(call.out))),
         from_memory_(comes_from_memory<S>(call)),
-        ahead_((call.in_height + call.out_height - 1) / call.out_height * call.in_width * channels_),
+        ahead_((call.plan.in_height + call.plan.out_height - 1) / call.plan.out_height * call.plan.in_width *
+               channels_),
         activate_(call.prologue),
         scale_(call.prologue.scale, T{1}),
         shift_(call.prologue.shift, T{0}) {
@@ -88,25 +99,29 @@ class BlurPixels {
   void run(int64_t image, int64_t strip) {
     image_ = image;
     if (call_.scale_partial != nullptr) std::fill_n(sums_, 2 * padded_channels(), T{});
-    for (int64_t g = call_.rows.strips[strip]; g < call_.rows.strips[strip + 1]; ++g) {
-      const BlurRows::Group& group = call_.rows.groups[g];
-      for (int64_t i = group.begin; i < group.end; ++i) prepare(call_.rows.loads[i]);
+    for (int64_t g = plan_.rows.strips[strip]; g < plan_.rows.strips[strip + 1]; ++g) {
+      const BlurRows::Group& group = plan_.rows.groups[g];
+      for (int64_t i = group.begin; i < group.end; ++i) prepare(plan_.rows.loads[i]);
       for (int64_t o = group.first; o < group.last; ++o) run_row(o);
     }
     if (call_.scale_partial != nullptr) write_sums(strip);
   }
 
  private:
-  int64_t row_size() const { return call_.in_width * channels_; }
+  static const BlurPixelTables<T>& tables(const BlurCall& call) {
+    return *static_cast<const BlurPixelTables<T>*>(call.plan.tables.get());
+  }
+
+  int64_t row_size() const { return plan_.in_width * channels_; }
   int64_t padded_channels() const { return (channels_ + kVector - 1) / kVector * kVector; }
 
   void place(Arena& arena) {
-    slots_ = arena.take<T>(call_.rows.slots * row_size());
-    line_ = arena.take<T>(call_.in_width * kVectors * kVector);
+    slots_ = arena.take<T>(plan_.rows.slots * row_size());
+    line_ = arena.take<T>(plan_.in_width * kVectors * kVector);
     sums_ = arena.take<T>(call_.scale_partial == nullptr ? 0 : 2 * padded_channels());
   }
 
-  const S* image() const { return static_cast<const S*>(call_.in) + image_ * call_.in_height * row_size(); }
+  const S* image() const { return static_cast<const S*>(call_.in) + image_ * plan_.in_height * row_size(); }
 
   // Calls f(first channel, number of vectors, lanes of the last one) for all channels.
   template <class F>
@@ -139,7 +154,7 @@ class BlurPixels {
     VITFAST_INLINE Channels(const BlurPixels& blur, int64_t row, int64_t c, int64_t lanes)
         : activate_(blur.activate_),
           channels_(blur.channels_),
-          row_(blur.call_.out_width * channels_),
+          row_(blur.plan_.out_width * channels_),
           lanes_(lanes),
           streamed_(blur.streamed_),
           from_memory_(blur.from_memory_),
@@ -217,7 +232,7 @@ class BlurPixels {
     Vec<T> scale_[kCount], shift_[kCount], scale_sum_[kCount], shift_sum_[kCount];
   };
 
-  int64_t output_offset(int64_t row) const { return (image_ * call_.out_height + row) * call_.out_width * channels_; }
+  int64_t output_offset(int64_t row) const { return (image_ * plan_.out_height + row) * plan_.out_width * channels_; }
 
   void run_row(int64_t row) {
     with_mode(call_, [&](auto mode) {
@@ -264,7 +279,7 @@ class BlurPixels {
     Channels<kMode, kCount> channels(*this, row, c, lanes);
     const auto *first = rows_.first(row), *last = rows_.last(row);
     const BlurSeries& series = slide.series;
-    const int64_t size = channels_, period = call_.column_period, end = series.first + series.count * period;
+    const int64_t size = channels_, period = plan_.column_period, end = series.first + series.count * period;
     const auto* from = source<kMode>() + slide.taps[0].at * size + c;
     Vec<T> weight[kTaps], column[kTaps][kCount];
 #pragma GCC unroll 4
@@ -314,14 +329,14 @@ class BlurPixels {
           continue;
         }
         const auto* from = source<kMode>() + (tap.at + i * series.step) * channels_ + c;
-        const bool one_line = call_.columns.size() == 1;
+        const bool one_line = plan_.columns.size() == 1;
         for (const auto* of = first; of < last; of = one_line ? last : of + 1) {
           if (!one_line && of->line != tap.line) continue;
           add_pixels<kCount>(from, of, one_line ? last : of + 1, channels, column);
           for (int v = 0; v < kCount; ++v) sum[v] = sum[v] + tap.weight * column[v];
         }
       }
-      channels.emit(series.first + i * call_.column_period, sum);
+      channels.emit(series.first + i * plan_.column_period, sum);
     }
     channels.finish(sums_ + c, sums_ + padded_channels() + c);
   }
@@ -354,12 +369,13 @@ class BlurPixels {
   }
 
   void write_sums(int64_t strip) {
-    const int64_t at = (image_ * call_.rows.strip_count() + strip) * channels_;
+    const int64_t at = (image_ * plan_.rows.strip_count() + strip) * channels_;
     std::copy_n(sums_, channels_, call_.scale_partial + at);
     std::copy_n(sums_ + padded_channels(), channels_, call_.shift_partial + at);
   }
 
   const BlurCall& call_;
+  const BlurPlan& plan_;
   const BlurRowTaps<T>& rows_;
   const std::vector<BlurSlide<T>>& slides_;
   const int64_t channels_;
@@ -373,13 +389,11 @@ class BlurPixels {
 
 template <class S>
 void blur_pixels(const BlurCall& call) {
-  using T = Compute<S>;
-  const BlurRowTaps<T> rows(call.rows.matrix, call.in_width * call.channels);
-  const std::vector<BlurSlide<T>> slides = slides_of<T>(call);
-  const int64_t strips = call.rows.strip_count();
-  const int64_t work = call.channels * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
-  parallel_for(call.batch * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
-    BlurPixels<S> worker(call, rows, slides);
+  const BlurPlan& plan = call.plan;
+  const int64_t strips = plan.rows.strip_count();
+  const int64_t work = plan.channels * (plan.out_height / strips + 1) * std::max(plan.in_width, plan.out_width);
+  parallel_for(plan.batch * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
+    BlurPixels<S> worker(call);
     const Scratch scratch(worker.bytes());
     worker.bind(scratch.data());
     for (int64_t task = begin; task < end; ++task) worker.run(task / strips, task % strips);

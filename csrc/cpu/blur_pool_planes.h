@@ -130,14 +130,14 @@ struct BlurWindow {
 
 // Windows of at most `columns` columns and `outputs` outputs, without their picks.
 template <class T>
-inline std::vector<BlurWindow<T>> windows_up_to(const BlurCall& call, int64_t columns, int64_t outputs) {
+inline std::vector<BlurWindow<T>> windows_up_to(const BlurPlan& plan, int64_t columns, int64_t outputs) {
   using Kind = BlurWindowKind;
   std::vector<BlurWindow<T>> windows;
-  for (int64_t first = 0; first < call.out_width;) {
+  for (int64_t first = 0; first < plan.out_width;) {
     BlurWindow<T> window{Kind::kOne, first, 0, 0, 0, 0, {}};
-    for (int64_t o = first; o < std::min(first + outputs, call.out_width); ++o, ++window.outputs) {
+    for (int64_t o = first; o < std::min(first + outputs, plan.out_width); ++o, ++window.outputs) {
       int64_t from = window.from, until = from + window.columns;
-      for (const BlurMatrix& line : call.columns) {
+      for (const BlurMatrix& line : plan.columns) {
         for (int64_t i = line.begin[o]; i < line.begin[o + 1]; ++i) {
           const int64_t column = line.taps[i].from;
           from = from < until ? std::min(from, column) : column;
@@ -149,7 +149,7 @@ inline std::vector<BlurWindow<T>> windows_up_to(const BlurCall& call, int64_t co
     }
     if (window.columns > kLanes<T>) window.kind = Kind::kTwo;
     if (window.columns > 2 * kLanes<T>) window.kind = Kind::kAny;
-    const bool whole = window.outputs == call.out_width && call.row_period == 1;
+    const bool whole = window.outputs == plan.out_width && plan.row_period == 1;
     if (whole && window.kind == Kind::kOne && 2 * window.outputs <= kLanes<T>) window.kind = Kind::kPair;
     first += window.outputs;
     windows.push_back(std::move(window));
@@ -170,24 +170,24 @@ inline int64_t cost_of(const std::vector<BlurWindow<T>>& windows, int64_t row_ta
 }
 
 template <class T>
-inline std::vector<BlurWindow<T>> windows_of(const BlurCall& call) {
+inline std::vector<BlurWindow<T>> windows_of(const BlurPlan& plan) {
   constexpr int64_t kVector = kLanes<T>;
   const auto average_taps = [](const BlurMatrix& matrix) {
     return (static_cast<int64_t>(matrix.taps.size()) + matrix.outputs() - 1) / matrix.outputs();
   };
-  const int64_t row_taps = average_taps(call.rows.matrix), column_taps = average_taps(call.columns[0]);
+  const int64_t row_taps = average_taps(plan.rows.matrix), column_taps = average_taps(plan.columns[0]);
   std::vector<BlurWindow<T>> windows;
   int64_t least = std::numeric_limits<int64_t>::max();
   for (const int64_t columns : {kVector, 2 * kVector}) {
     for (const int64_t outputs : {kVector, kMostGroups * kVector}) {
-      std::vector<BlurWindow<T>> other = windows_up_to<T>(call, columns, outputs);
+      std::vector<BlurWindow<T>> other = windows_up_to<T>(plan, columns, outputs);
       const int64_t cost = cost_of(other, row_taps, column_taps);
       if (cost < least) least = cost, windows = std::move(other);
     }
   }
   for (BlurWindow<T>& window : windows) {
     if (window.kind == BlurWindowKind::kAny) continue;
-    for (const BlurMatrix& line : call.columns) {
+    for (const BlurMatrix& line : plan.columns) {
       std::vector<BlurPick<T>>& picks = window.picks.emplace_back();
       for (int64_t j = 0; j < window.outputs; ++j) {
         const int64_t begin = line.begin[window.first + j], taps = line.taps_of(window.first + j);
@@ -219,20 +219,30 @@ struct BlurRun {
 };
 
 template <class T>
-inline std::vector<BlurRun<T>> runs_of(const BlurCall& call, const BlurRows::Group& group) {
+inline std::vector<BlurRun<T>> runs_of(const BlurPlan& plan, const BlurRows::Group& group) {
   std::vector<BlurRun<T>> runs;
-  const BlurMatrix& matrix = call.rows.matrix;
-  for (const BlurSeries& series : series_of(&matrix, &matrix + 1, group.first, group.last, call.row_period)) {
+  const BlurMatrix& matrix = plan.rows.matrix;
+  for (const BlurSeries& series : series_of(&matrix, &matrix + 1, group.first, group.last, plan.row_period)) {
     BlurRun<T>& run = runs.emplace_back();
     run.series = series;
-    run.step = series.step * call.in_width;
+    run.step = series.step * plan.in_width;
     for (int64_t t = 0; t < matrix.taps_of(series.first); ++t) {
       const BlurTap& tap = matrix.first_tap(series.first)[t];
-      run.taps.push_back({tap.from * call.in_width, tap.line, static_cast<T>(tap.weight)});
+      run.taps.push_back({tap.from * plan.in_width, tap.line, static_cast<T>(tap.weight)});
     }
   }
   return runs;
 }
+
+template <class T>
+struct BlurPlaneTables {
+  std::vector<std::vector<BlurRun<T>>> runs;  // of each strip
+  std::vector<BlurWindow<T>> windows;
+
+  explicit BlurPlaneTables(const BlurPlan& plan) : windows(windows_of<T>(plan)) {
+    for (const BlurRows::Group& group : plan.rows.groups) runs.push_back(runs_of<T>(plan, group));
+  }
+};
 
 template <class S>
 class BlurPlanes {
@@ -242,18 +252,18 @@ class BlurPlanes {
   static constexpr int64_t kVector = kLanes<T>;
 
  public:
-  BlurPlanes(const BlurCall& call, const std::vector<std::vector<Run>>& runs, const std::vector<BlurWindow<T>>& windows)
+  explicit BlurPlanes(const BlurCall& call)
       : call_(call),
-        all_runs_(runs),
-        windows_(windows),
+        plan_(call.plan),
+        tables_(*static_cast<const BlurPlaneTables<T>*>(call.plan.tables.get())),
         streamed_(is_streamed<S>(call)),
         from_memory_(comes_from_memory<S>(call)),
-        planes_(planes_at_a_time(call)),
+        planes_(planes_at_a_time(call.plan)),
         activate_(call.prologue),
         scale_(call.prologue.scale, T{1}),
         shift_(call.prologue.shift, T{0}) {
-    for (const BlurRows::Group& group : call.rows.groups) {
-      most_outputs_ = std::max(most_outputs_, (group.last - group.first) * call.out_width);
+    for (const BlurRows::Group& group : call.plan.rows.groups) {
+      most_outputs_ = std::max(most_outputs_, (group.last - group.first) * call.plan.out_width);
     }
     Arena count;
     place(count);
@@ -261,10 +271,10 @@ class BlurPlanes {
   }
 
   // As many as stay in the first level while the windows go over them; one, where a strip is not all of a plane.
-  static int64_t planes_at_a_time(const BlurCall& call) {
-    if (call.rows.strip_count() > 1) return 1;
-    const int64_t largest = std::max(call.in_height * call.in_width, call.out_height * call.out_width);
-    return std::clamp<int64_t>(kStripValues / largest, 1, std::max<int64_t>(call.batch * call.channels, 1));
+  static int64_t planes_at_a_time(const BlurPlan& plan) {
+    if (plan.rows.strip_count() > 1) return 1;
+    const int64_t largest = std::max(plan.in_height * plan.in_width, plan.out_height * plan.out_width);
+    return std::clamp<int64_t>(kStripValues / largest, 1, std::max<int64_t>(plan.batch * plan.channels, 1));
   }
 
   int64_t bytes() const { return bytes_; }
@@ -277,33 +287,33 @@ class BlurPlanes {
   // The strip, which has one group of rows, of the planes from `begin` to `end`.
   void run(int64_t begin, int64_t end, int64_t strip) {
     strip_ = strip;
-    group_ = &call_.rows.groups[strip];
-    runs_ = &all_runs_[strip];
+    group_ = &plan_.rows.groups[strip];
+    runs_ = &tables_.runs[strip];
     begin_ = begin, end_ = end;
     for (int64_t plane = begin; plane < end; ++plane) {
-      for (int64_t i = group_->begin; i < group_->end; ++i) prepare(plane, call_.rows.loads[i]);
+      for (int64_t i = group_->begin; i < group_->end; ++i) prepare(plane, plan_.rows.loads[i]);
       if (call_.scale_partial != nullptr) call_.scale_partial[partial(plane)] = call_.shift_partial[partial(plane)] = 0;
     }
-    for (const BlurWindow<T>& window : windows_) {
+    for (const BlurWindow<T>& window : tables_.windows) {
       with_mode(call_, [&](auto mode) { run_window<mode()>(window); });
     }
     if constexpr (std::is_same_v<S, T>) {
       if (!streamed_) return;
-      const int64_t outputs = (end - begin) * (group_->last - group_->first) * call_.out_width;
+      const int64_t outputs = (end - begin) * (group_->last - group_->first) * plan_.out_width;
       stream_copy(buffer_, outputs, static_cast<S*>(call_.out) + output_offset(begin));
     }
   }
 
  private:
   void place(Arena& arena) {
-    slots_ = arena.take<T>(planes_ * call_.rows.slots * call_.in_width);
+    slots_ = arena.take<T>(planes_ * plan_.rows.slots * plan_.in_width);
     buffer_ = arena.take<S>(streamed_ ? planes_ * most_outputs_ : 0);
   }
 
   const S* input(int64_t plane) const {
-    return static_cast<const S*>(call_.in) + plane * call_.in_height * call_.in_width;
+    return static_cast<const S*>(call_.in) + plane * plan_.in_height * plan_.in_width;
   }
-  T* slots(int64_t plane) const { return slots_ + (plane - begin_) * call_.rows.slots * call_.in_width; }
+  T* slots(int64_t plane) const { return slots_ + (plane - begin_) * plan_.rows.slots * plan_.in_width; }
   template <BlurMode kMode>
   auto source(int64_t plane) const {
     if constexpr (kMode == BlurMode::kPrepared) {
@@ -314,19 +324,19 @@ class BlurPlanes {
   }
 
   // Where the strip of a plane begins in the output, and where what it adds to the gradients of scale and shift lies.
-  int64_t output_offset(int64_t plane) const { return (plane * call_.out_height + group_->first) * call_.out_width; }
+  int64_t output_offset(int64_t plane) const { return (plane * plan_.out_height + group_->first) * plan_.out_width; }
   int64_t partial(int64_t plane) const {
-    return (plane / call_.channels * call_.rows.strip_count() + strip_) * call_.channels + plane % call_.channels;
+    return (plane / plan_.channels * plan_.rows.strip_count() + strip_) * plan_.channels + plane % plan_.channels;
   }
 
   // A row of the input in its slot, with the prologue applied.
   void prepare(int64_t plane, const BlurRows::Load& wanted) {
-    const S* from = input(plane) + wanted.from * call_.in_width;
-    T* to = slots(plane) + wanted.slot * call_.in_width;
-    const Vec<T> scale = scale_.of(plane % call_.channels), shift = shift_.of(plane % call_.channels);
-    for (int64_t j = 0; j < call_.in_width; j += kVector) {
-      const Vec<T> x = load_as_compute_up_to(from + j, call_.in_width - j);
-      store_up_to(to + j, activate_.tanh_relu(x * scale + shift), call_.in_width - j);
+    const S* from = input(plane) + wanted.from * plan_.in_width;
+    T* to = slots(plane) + wanted.slot * plan_.in_width;
+    const Vec<T> scale = scale_.of(plane % plan_.channels), shift = shift_.of(plane % plan_.channels);
+    for (int64_t j = 0; j < plan_.in_width; j += kVector) {
+      const Vec<T> x = load_as_compute_up_to(from + j, plan_.in_width - j);
+      store_up_to(to + j, activate_.tanh_relu(x * scale + shift), plan_.in_width - j);
     }
   }
 
@@ -336,11 +346,11 @@ class BlurPlanes {
    public:
     VITFAST_INLINE Plane(const BlurPlanes& blur, int64_t plane) : activate_(blur.activate_) {
       if constexpr (has_scale(kMode)) {
-        const int64_t channel = plane % blur.call_.channels;
+        const int64_t channel = plane % blur.plan_.channels;
         scale_ = blur.scale_.of(channel), shift_ = blur.shift_.of(channel);
       }
       const int64_t offset = blur.output_offset(plane);
-      if (blur.from_memory_) ahead_ = blur.call_.out_height * blur.call_.out_width;
+      if (blur.from_memory_) ahead_ = blur.plan_.out_height * blur.plan_.out_width;
       to_ = blur.streamed_ ? blur.buffer_ + (offset - blur.output_offset(blur.begin_))
                            : static_cast<S*>(blur.call_.out) + offset;
       if constexpr (is_gradient(kMode)) primal_ = static_cast<const S*>(blur.call_.primal) + offset;
@@ -484,10 +494,10 @@ class BlurPlanes {
     const FirstLanes<T> low(window.columns), high(window.columns - kVector);
     const FirstLanes<T> first_outputs(window.outputs);
     const FirstLanes<T> last_outputs(kKind == Kind::kPair ? 2 * window.outputs : window.outputs - kVector);
-    const int64_t row_step = call_.row_period * call_.out_width, end = run.series.count;
+    const int64_t row_step = plan_.row_period * plan_.out_width, end = run.series.count;
     for_each_plane<kMode>([&](int64_t plane, auto& io) VITFAST_INLINE {
       const auto* from = source<kMode>(plane) + window.from;
-      int64_t at = (run.series.first - group_->first) * call_.out_width + window.first;
+      int64_t at = (run.series.first - group_->first) * plan_.out_width + window.first;
       // Adds up the rows that an output needs.
       const auto add_rows = [&](const auto* row, int64_t line, FirstLanes<T> lanes) VITFAST_INLINE {
         Vec<T> sum{};
@@ -552,23 +562,23 @@ class BlurPlanes {
           const auto* const from = source<kMode>(plane) + row * run.step;
           Vec<T> sum{};
           for (const auto& tap : run.taps) {
-            const BlurMatrix& line = call_.columns[tap.line];
+            const BlurMatrix& line = plan_.columns[tap.line];
             for (int64_t t = 0; t < line.taps_of(window.first); ++t) {
               const BlurTap& column = line.first_tap(window.first)[t];
               const T weight = tap.weight * static_cast<T>(column.weight);
               sum = sum + weight * io.load_input(from + column.from + tap.at, one);
             }
           }
-          const int64_t output = run.series.first - group_->first + row * call_.row_period;
-          io.emit(output * call_.out_width + window.first, sum, one);
+          const int64_t output = run.series.first - group_->first + row * plan_.row_period;
+          io.emit(output * plan_.out_width + window.first, sum, one);
         }
       }
     });
   }
 
   const BlurCall& call_;
-  const std::vector<std::vector<Run>>& all_runs_;  // of each strip
-  const std::vector<BlurWindow<T>>& windows_;
+  const BlurPlan& plan_;
+  const BlurPlaneTables<T>& tables_;
   const bool streamed_, from_memory_;
   const int64_t planes_;
   const BlurActivate<T> activate_;
@@ -582,15 +592,12 @@ class BlurPlanes {
 
 template <class S>
 void blur_planes(const BlurCall& call) {
-  using T = Compute<S>;
-  std::vector<std::vector<BlurRun<T>>> runs;
-  for (const BlurRows::Group& group : call.rows.groups) runs.push_back(runs_of<T>(call, group));
-  const std::vector<BlurWindow<T>> windows = windows_of<T>(call);
-  const int64_t planes = call.batch * call.channels, at_a_time = BlurPlanes<S>::planes_at_a_time(call);
-  const int64_t strips = call.rows.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
-  const int64_t work = at_a_time * (call.out_height / strips + 1) * std::max(call.in_width, call.out_width);
+  const BlurPlan& plan = call.plan;
+  const int64_t planes = plan.batch * plan.channels, at_a_time = BlurPlanes<S>::planes_at_a_time(plan);
+  const int64_t strips = plan.rows.strip_count(), chunks = (planes + at_a_time - 1) / at_a_time;
+  const int64_t work = at_a_time * (plan.out_height / strips + 1) * std::max(plan.in_width, plan.out_width);
   parallel_for(chunks * strips, 1 + kBlurGrain / work, [&](int64_t begin, int64_t end) {
-    BlurPlanes<S> worker(call, runs, windows);
+    BlurPlanes<S> worker(call);
     const Scratch scratch(worker.bytes());
     worker.bind(scratch.data());
     for (int64_t task = begin; task < end; ++task) {

@@ -18,7 +18,6 @@ plain PyTorch. So it is with forward mode inside of forward mode, where PyTorch 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -46,8 +45,7 @@ NAME = "blur_pool2d"
 SERVED = ("cpu", "cuda")
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """What a call of the operator fixes besides its tensors."""
 
     stride: tuple[int, int]
@@ -126,7 +124,8 @@ def _prologue(x: Tensor, affine: Affine, spec: Spec) -> Tensor:
 
 
 def _has_prologue(affine: Affine, spec: Spec) -> bool:
-    return spec.activation is not None or any(tensor is not None for tensor in affine)
+    scale, shift, mean, _ = affine
+    return spec.activation is not None or scale is not None or shift is not None or mean is not None
 
 
 def _is_constant(kernel: Tensor) -> bool:
@@ -183,7 +182,7 @@ def _prologue_arguments(x: Tensor, affine: Affine, spec: Spec) -> tuple:
     if not _has_prologue(affine, spec):
         return _NO_PROLOGUE
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tensors = (_per_channel(tensor, dtype) for tensor in affine)
+    tensors = [_per_channel(tensor, dtype) for tensor in affine]
     return *tensors, spec.eps, ACTIVATIONS.index(spec.activation), spec.temperature
 
 
