@@ -609,7 +609,7 @@ def _check_stride(stride) -> tuple[int, int]:
 
 def _check_padding(padding, mode: str, kernel: Tensor) -> tuple[int, int, int, int]:
     """(left, right, top, bottom)."""
-    if mode not in (*PADDING_MODES, "none"):
+    if mode not in PADDING_MODES and mode != "none":
         raise ValueError(f"padding_mode must be one of {', '.join((*PADDING_MODES, 'none'))}; got {mode!r}")
     if mode == "none":
         if padding not in (None, 0) and any(integer_pair("padding", padding)):
@@ -633,7 +633,7 @@ def _check_activation(activation: str | None, temperature: float) -> float:
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}; got {activation!r}")
-    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+    if type(temperature) is not float and (isinstance(temperature, bool) or not isinstance(temperature, Real)):
         raise TypeError(f"temperature must be a number; got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite; got {temperature}")

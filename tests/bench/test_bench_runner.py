@@ -1,6 +1,7 @@
 import json
 import math
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,18 @@ def test_the_fused_kernel_never_holds_the_scores():
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
+def test_copies_are_timed_in_turn_where_a_case_asks_for_them():
+    workload = replace(tiny_case().make(CPU, torch.float32), beside_copies=True)
+    seconds = {OURS: [2.0, 4.0, 3.0], "math": [1.0] * 3, runner.COPY: [0.5, 8.0, 0.25]}
+    records = runner.make_records(
+        {}, workload, seconds, dict.fromkeys(seconds, 0.0), 1.0, dict.fromkeys(seconds, 0), 100
+    )
+    assert [record["impl"] for record in records] == [OURS, "math"]
+    assert [record["share_of_copy_then"] for record in records] == pytest.approx(
+        [workload.bytes / 3.0 / 200, workload.bytes / 200]
+    )
+
+
 def test_records_have_all_keys_and_the_report_survives_json(report):
     assert set(report) == {
         "machine",
@@ -139,6 +152,7 @@ def test_records_have_all_keys_and_the_report_survives_json(report):
         assert record["p20_s"] <= record["median_s"] <= record["p80_s"]
         assert record["share_of_gemm"] == pytest.approx(record["gflops"] / 100)
         assert record["share_of_copy"] == pytest.approx(record["gbs"] / 10)
+        assert record["share_of_copy_then"] is None
     assert report["rates"]["samples"] == 3  # before, between and after
     assert report["command"] == "vitfast bench tiny"
 

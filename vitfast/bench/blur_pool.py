@@ -98,6 +98,7 @@ def make_workload(blur: Blur, phase: str, device: torch.device, dtype: torch.dty
         intermediate_bytes=x.nbytes * (blur.size + blur.taps - 1) ** 2 // blur.size**2
         + (2 * x.nbytes if blur.prologue else 0),
         details=asdict(blur),
+        beside_copies=device.type == "cpu",
     )
 
 

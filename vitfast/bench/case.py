@@ -65,6 +65,8 @@ class Workload:
         intermediate_bytes: size of what an unfused implementation writes to memory in between and a fused one does not.
             None: memory is compared with that of ``plain``.
         details: shapes and the like, for the report.
+        beside_copies: whether large copies are timed in turn with the variants, for what is bound by memory: its rate
+            changes from moment to moment on machines that share it.
         floor: for a model, the step of `OURS` as if attention took no time. Its results mean nothing.
     """
 
@@ -75,6 +77,7 @@ class Workload:
     bytes: int
     intermediate_bytes: int | None
     details: dict = field(default_factory=dict)
+    beside_copies: bool = False
     floor: Run | None = None
 
 

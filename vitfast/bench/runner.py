@@ -23,7 +23,7 @@ from torch import Tensor
 from vitfast.bench import environment, memory, timing
 from vitfast.bench.case import OURS, Case, Unavailable, Variant, Workload
 from vitfast.bench.processes import FLOOR, ProcessTimer, workers
-from vitfast.bench.rates import Rates
+from vitfast.bench.rates import Rates, large_copy
 from vitfast.bench.timing import quantile
 
 __all__ = [
@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 DEFAULT_ROUNDS = 15
+
+COPY = "copy"
+"""Among the samples, those of large copies."""
 
 RECORD_KEYS = {
     "case": "operator/shape/pass",
@@ -62,7 +65,8 @@ RECORD_KEYS = {
     "gflops": "flops over median_s",
     "gbs": "bytes over median_s",
     "share_of_gemm": "gflops over the rate of a large matrix product of the same dtype in this run",
-    "share_of_copy": "gbs over the rate of a large copy in this run",
+    "share_of_copy": "gbs over the best rate of a large copy in this run",
+    "share_of_copy_then": "gbs over the median rate of large copies that were timed in turn with it; None without them",
     "memory_bytes": "the most memory held beyond inputs and results",
     "memory_share": "of the intermediates that an unfused implementation writes; for models, of the original's memory",
     "details": "shapes",
@@ -186,6 +190,9 @@ def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
     runs = {variant.name: variant.run for variant in variants}
     if workload.floor is not None:
         runs[FLOOR] = workload.floor
+    copied = None
+    if workload.beside_copies:
+        runs[COPY], copied = large_copy(device)
     if case.apart and device.type == "cpu":
         with workers(case, list(runs), dtype) as runs:
             seconds = timing.interleave(runs, ProcessTimer(), rounds)
@@ -194,7 +201,7 @@ def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
     identity = _identity(case, device, dtype)
     limit = error_limit(errors[workload.plain], dtype)
     return _Measured(
-        make_records(identity, workload, seconds, errors, limit, extra),
+        make_records(identity, workload, seconds, errors, limit, extra, copied),
         [identity | {"impl": name, "reason": reason} for name, reason in skipped.items()],
     )
 
@@ -253,10 +260,12 @@ def make_records(
     errors: dict[str, float],
     limit: float,
     extra_bytes: dict[str, int],
+    copied: int | None = None,
 ) -> list[dict]:
-    """One record per implementation, without the shares of the machine's rates, which are known at the end."""
+    """One record per implementation, without the shares of the machine's best rates, which are known at the end."""
     medians = {name: quantile(samples, 0.5) for name, samples in seconds.items()}
     floor = medians.pop(FLOOR, None)
+    copy_rate = None if copied is None else copied / medians.pop(COPY)
     matches = {name: errors[name] <= limit for name in medians}
     peers = [name for name in medians if name != OURS and matches[name]]
     fastest = min(peers, key=medians.__getitem__, default=None)
@@ -281,6 +290,7 @@ def make_records(
             "bytes": workload.bytes,
             "gflops": workload.flops / median / 1e9,
             "gbs": workload.bytes / median / 1e9,
+            "share_of_copy_then": None if copy_rate is None else workload.bytes / median / copy_rate,
             "memory_bytes": extra_bytes[name],
             "memory_share": extra_bytes[name] / whole,
             "details": workload.details,

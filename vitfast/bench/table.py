@@ -10,11 +10,12 @@ __all__ = ["format_report"]
 
 _LEGEND = (
     "times in ms; ratio: time of the fastest peer over this one's; memory: beyond inputs and results, as a share of",
-    "the intermediates that a fused implementation does not write, for models of the original's memory",
+    "the intermediates that a fused implementation does not write, for models of the original's memory; of copy: of",
+    "the best rate of a large copy in this run, then: of the median rate of copies that were timed in turn",
 )
 _HEADER = (
     f"  {'impl':21}{'median':>10}{'p20':>10}{'p80':>10}{'ratio':>8}{'error':>10}"
-    f"{'GFLOP/s':>10}{'of gemm':>9}{'GB/s':>8}{'of copy':>9}{'memory':>9}"
+    f"{'GFLOP/s':>10}{'of gemm':>9}{'GB/s':>8}{'of copy':>9}{'then':>7}{'memory':>9}"
 )
 
 
@@ -36,6 +37,7 @@ def _details(record: dict) -> str:
 
 def _row(record: dict) -> str:
     ratio = "-" if record["ratio"] is None else f"{record['ratio']:.2f}x"
+    then = "-" if record["share_of_copy_then"] is None else f"{record['share_of_copy_then']:.0%}"
     times = "".join(f"{record[key] * 1e3:10.3f}" for key in ("median_s", "p20_s", "p80_s"))
     remarks = [] if record["match"] else ["WRONG RESULT"]
     if record["impl"] == OURS and record["ratio"] is not None and record["ratio"] < 1:
@@ -48,7 +50,7 @@ def _row(record: dict) -> str:
             remarks.append("MORE MEMORY")
     return (
         f"  {record['impl']:21}{times}{ratio:>8}{record['error']:10.1e}"
-        f"{record['gflops']:10.1f}{record['share_of_gemm']:9.0%}{record['gbs']:8.1f}{record['share_of_copy']:9.0%}"
+        f"{record['gflops']:10.1f}{record['share_of_gemm']:9.0%}{record['gbs']:8.1f}{record['share_of_copy']:9.0%}{then:>7}"
         f"{record['memory_share']:9.2%}{'  ' if remarks else ''}{', '.join(remarks)}"
     )
 

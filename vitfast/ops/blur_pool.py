@@ -8,9 +8,10 @@ derivatives of both `autograd.Function`s are one of the two, fused, and those of
 
 Under vmap the mapped dimension becomes part of the batch, and K tangents are one launch.
 
-Outside of transforms (`RecordedBlur`) the prologue, y = A activation(scale x + shift), is fused into forward and
-backward. Whatever goes beyond a plain backward, such as transforms of `torch.func` and double backward, is the prologue
-in plain PyTorch and A or its transpose from the kernels.
+Outside of transforms (`RecordedPrologueBlur`) the prologue, y = A activation(scale x + shift), is fused into forward
+and backward. Whatever goes beyond a plain backward, such as transforms of `torch.func` and double backward, is the
+prologue in plain PyTorch and A or its transpose from the kernels. A normalisation is folded into scale and shift by the
+CPU's kernels, or, where its tensors need gradients or a transform is going on, by PyTorch.
 
 The kernel of a blur is a constant. Where someone differentiates it, or maps over it, the call is the definition in
 plain PyTorch. So it is with forward mode inside of forward mode, where PyTorch loses tangents of a Function.
@@ -93,9 +94,11 @@ def blur_pool2d(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor
     if not (torch.compiler.is_compiling() or is_transformed()):  # the usual case
         if backend != "cpu" or records_gradients(affine):
             affine = affine.folded(spec.eps)
-        if records_gradients((x, *affine)):
-            return RecordedBlur.apply(spec, kernel, x, *affine)
-        return _forward(x, kernel, affine, spec)
+        if not records_gradients((x, *affine)):
+            return _forward(x, kernel, affine, spec)
+        if _has_prologue(affine, spec):
+            return RecordedPrologueBlur.apply(spec, kernel, x, *affine)
+        return RecordedBlur.apply(spec, kernel, x)
     if forward_ad_is_nested():
         return _definition(x, kernel, affine, spec)
     has_prologue = _has_prologue(affine, spec)
@@ -293,36 +296,46 @@ def _apply_transposed(spec: Spec, size: tuple[int, int], kernel: Tensor, grad: T
 
 
 class RecordedBlur(Recorded):
+    """(spec, kernel, x) -> A x, outside of transforms."""
+
+    @staticmethod
+    def forward(ctx, spec, kernel, x):
+        ctx.spec, ctx.size, ctx.memory_format = spec, x.shape[2:], _memory_format(x)
+        ctx.save_for_backward(kernel)
+        return _forward(x, kernel, Affine(), spec)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kernel,) = ctx.saved_tensors
+        if not _is_plain(grad):
+            return None, None, _apply_transposed(ctx.spec, ctx.size, kernel, grad)
+        grad = grad.contiguous(memory_format=ctx.memory_format)
+        return None, None, _transposed(grad, kernel, ctx.size, ctx.spec)
+
+
+class RecordedPrologueBlur(Recorded):
     """(spec, kernel, x, *affine) -> A activation(scale x + shift), outside of transforms.
 
-    The tensors of a normalisation, if it is one, need no gradients.
+    Of a normalisation, x alone needs a gradient.
     """
 
     @staticmethod
     def forward(ctx, spec, kernel, x, *affine):
-        affine = Affine(*affine)
-        ctx.spec, ctx.size, ctx.memory_format = spec, x.shape[2:], _memory_format(x)
-        # Without a prologue nothing of x is kept but its size.
-        ctx.save_for_backward(kernel, x if _has_prologue(affine, spec) else None, *affine)
-        return _forward(x, kernel, affine, spec)
+        ctx.spec = spec
+        ctx.save_for_backward(kernel, x, *affine)
+        return _forward(x, kernel, Affine(*affine), spec)
 
     @staticmethod
     def backward(ctx, grad):
         kernel, x, *affine = ctx.saved_tensors
         spec, affine = ctx.spec, Affine(*affine)
-        of_affine = (None, None)
-        if x is None and _is_plain(grad):
-            grad_x = _transposed(grad.contiguous(memory_format=ctx.memory_format), kernel, ctx.size, spec)
-        elif x is None:
-            grad_x = _apply_transposed(spec, ctx.size, kernel, grad)
-        elif _is_plain(grad):
-            grad_x, *of_affine = _backward(grad, x, kernel, affine, spec, ctx.needs_input_grad[3:5])
-        else:
-            wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-            grad_u = _apply_transposed(Spec(**spec.blur), ctx.size, kernel, wide)
-            scale, shift, *_ = affine.folded(spec.eps)
-            grad_x, *grads = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
-            of_affine = grads if affine.mean is None else of_affine
+        if _is_plain(grad):
+            return None, None, *_backward(grad, x, kernel, affine, spec, ctx.needs_input_grad[3:5]), None, None
+        wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+        grad_u = _apply_transposed(Spec(**spec.blur), x.shape[2:], kernel, wide)
+        scale, shift, *_ = affine.folded(spec.eps)
+        grad_x, *of_affine = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
+        of_affine = of_affine if affine.mean is None else (None, None)
         return None, None, grad_x, *of_affine, None, None
 
 
