@@ -1,4 +1,5 @@
-// The Python module vitfast._C: what was built, and which instruction set runs. The only file that knows Python.
+// The Python module vitfast._C: what was built, which instruction set runs, and operators to be called directly. This
+// file and direct.h are the only ones that know Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,8 @@
 #include "cpu/instruction_set.h"
 #include "cpu/results.h"
 #include "cpu/scratch.h"
+#include "direct.h"
+#include "operators.h"
 
 namespace py = pybind11;
 using namespace vitfast::cpu;
@@ -40,6 +43,22 @@ py::dict build_info() {
   return info;
 }
 
+// Operators that small calls of models spend their time in, by their registered names.
+void define_operators(py::module_ module) {
+  const auto define = [&](const char* name, auto function) { vitfast::direct::define(module, name, function); };
+  py::register_exception<vitfast::direct::Unsuited>(module, "Unsuited");
+  define("attention", &vitfast::attention_cpu);
+  define("attention_backward", &vitfast::attention_backward_cpu);
+  define("attention_qkvpacked", &vitfast::attention_qkvpacked_cpu);
+  define("attention_qkvpacked_backward", &vitfast::attention_qkvpacked_backward_cpu);
+  define("blur_pool2d", &vitfast::blur_pool2d_cpu);
+  define("blur_pool2d_backward", &vitfast::blur_pool2d_backward_cpu);
+  define("window_attention", &vitfast::window_attention_cpu);
+  define("window_attention_backward", &vitfast::window_attention_backward_cpu);
+  define("window_attention_qkvpacked", &vitfast::window_attention_qkvpacked_cpu);
+  define("window_attention_qkvpacked_backward", &vitfast::window_attention_qkvpacked_backward_cpu);
+}
+
 void set_instruction_set(const std::optional<std::string>& text) {
   text.has_value() ? force_instruction_set(instruction_set_from_name(*text)) : reset_instruction_set();
 }
@@ -63,4 +82,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_result_bytes", &keep_result_bytes, py::arg("limit"),
         "Keeps up to so many bytes of the memory of freed results for later ones; 0: none. Returns the limit before.");
   m.def("kept_result_bytes", &kept_result_bytes, "How much memory of freed results is kept.");
+  define_operators(m.def_submodule("direct", "Operators on the CPU without PyTorch's dispatcher."));
 }

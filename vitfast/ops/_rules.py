@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from vitfast.ops import _extension
 from vitfast.ops.backend import BackendError
+from vitfast.ops.results import are_handed_over
 
 # ---- active transforms ---------------------------------------------------------------------------------------------
 
@@ -86,12 +87,42 @@ def is_launched(operator: str, backend: str, tensors: tuple[Tensor | None, ...])
 # ---- registered operators ------------------------------------------------------------------------------------------
 
 
-def call_operator(operator, *arguments):
-    """The operator; in eager mode without its registered rules of autograd, which take as long as a small kernel."""
+# Operators of the extension without PyTorch's dispatcher, by name; and what they raise for tensors that must meet it.
+_DIRECT = vars(_extension.require().direct) if _extension.available() else {}
+_Unsuited = _DIRECT.get("Unsuited", ())
+
+
+def operator(name: str):
+    """The registered operator."""
+    return getattr(torch.ops.vitfast, name).default
+
+
+def call_operator(name: str, *arguments):
+    """The operator of that name, of a tensor and more.
+
+    In eager mode it is called without what takes as long as a small kernel: on the CPU without PyTorch's dispatcher, if
+    nobody follows what is called; else without the operator's registered rules of autograd.
+    """
     if torch.compiler.is_compiling():
-        return operator(*arguments)
+        return operator(name)(*arguments)
+    if name in _DIRECT and arguments[0].is_cpu and _is_unobserved() and are_handed_over():
+        try:
+            return _DIRECT[name](*arguments)
+        except _Unsuited:  # subclasses and others
+            pass
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        return operator(name)(*arguments)
+
+
+def _is_unobserved() -> bool:
+    """Whether nobody follows which operators are called: no mode, trace, profiler or transform."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or is_transformed()
+    )
 
 
 class _DefinedForTangents:

@@ -44,6 +44,7 @@ from vitfast.ops._rules import (
     is_transformed,
     laid_out_as,
     lse_dtype,
+    operator,
     records_gradients,
     register_autograd,
     require_operator,
@@ -82,7 +83,7 @@ def attention(
         if forward_ad_active():  # the registered operators have no forward-mode rule
             return _definition(qkv, bias, scale)
         require_operator(NAME, spec.backend, qkv[0].device)
-        return _operator(qkv)(*qkv, bias, scale, records_gradients(tensors))[0]
+        return operator(_name(qkv))(*qkv, bias, scale, records_gradients(tensors))[0]
     if forward_ad_is_nested():
         return _definition(qkv, bias, scale)
     if is_transformed():
@@ -118,14 +119,14 @@ def _swapped(qkv: tuple[Tensor, ...], x: Tensor | None) -> Tensor | None:
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-def _operator(qkv: tuple[Tensor, ...]):
-    ops = torch.ops.vitfast
-    return (ops.attention if len(qkv) == 3 else ops.attention_qkvpacked).default
+def _name(qkv: tuple[Tensor, ...]) -> str:
+    """Of the registered operator."""
+    return "attention" if len(qkv) == 3 else "attention_qkvpacked"
 
 
-def _backward_operator(qkv: tuple[Tensor, ...]):
-    ops = torch.ops.vitfast
-    return (ops.attention_backward if len(qkv) == 3 else ops.attention_qkvpacked_backward).default
+def _backward_name(qkv: tuple[Tensor, ...]) -> str:
+    """Of the registered operator for the backward."""
+    return "attention_backward" if len(qkv) == 3 else "attention_qkvpacked_backward"
 
 
 def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -133,7 +134,7 @@ def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_ls
     arguments = (*qkv, bias, spec.scale, return_lse)
     if is_launched(NAME, spec.backend, (bias, *qkv)):
         return _triton_forward(*arguments)
-    return call_operator(_operator(qkv), *arguments)
+    return call_operator(_name(qkv), *arguments)
 
 
 def _backward(
@@ -144,7 +145,7 @@ def _backward(
     if is_launched(NAME, spec.backend, (bias, grad, *qkv)):
         grads = _triton_backward(*arguments)
     else:
-        grads = call_operator(_backward_operator(qkv), *arguments)
+        grads = call_operator(_backward_name(qkv), *arguments)
     return grads[:-1] if bias is None else grads
 
 
@@ -426,8 +427,8 @@ def _setup_compiled(ctx, inputs, output):
 def _compiled_backward(ctx, grad, _):
     bias, out, lse, *qkv = ctx.saved_tensors
     if lse.shape[0] != grad.shape[0]:  # a program that was exported without gradients
-        out, lse = _operator(qkv)(*qkv, bias, ctx.scale, True)
-    grads = _backward_operator(qkv)(grad, *qkv, bias, out, lse, ctx.scale)
+        out, lse = operator(_name(qkv))(*qkv, bias, ctx.scale, True)
+    grads = operator(_backward_name(qkv))(grad, *qkv, bias, out, lse, ctx.scale)
     return *grads[: len(qkv)], (None if bias is None else grads[-1]), None, None
 
 
@@ -447,7 +448,7 @@ def _defined(*arguments):
     out = _definition(qkv, bias, scale)
     if len(qkv) == 3:  # the kernel writes heads beside channels
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, _operator(qkv)(*without_tangents(arguments))[1] if return_lse else out.new_empty((0,))
+    return out, operator(_name(qkv))(*without_tangents(arguments))[1] if return_lse else out.new_empty((0,))
 
 
 def _defined_backward(*arguments):

@@ -147,13 +147,13 @@ def _is_constant(kernel: Tensor) -> bool:
 
 def _forward(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor:
     arguments = (_dense(x), _taps(kernel), *spec.numbers, *_prologue_arguments(x, affine, spec))
-    return call_operator(torch.ops.vitfast.blur_pool2d.default, *arguments)
+    return call_operator("blur_pool2d", *arguments)
 
 
 def _transposed(grad: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
     """The blur's transpose of ``grad``: (B, C, *size)."""
     arguments = (_dense(grad), None, _taps(kernel), size, *spec.numbers, *_NO_PROLOGUE, False)
-    return call_operator(torch.ops.vitfast.blur_pool2d_backward.default, *arguments)[0]
+    return call_operator("blur_pool2d_backward", *arguments)[0]
 
 
 def _backward(grad, x, kernel, affine, spec, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -161,7 +161,7 @@ def _backward(grad, x, kernel, affine, spec, wanted) -> tuple[Tensor, Tensor | N
     x = _dense(x)
     of_scale, of_shift = wanted
     grad_x, grad_scale, grad_shift = call_operator(
-        torch.ops.vitfast.blur_pool2d_backward.default,
+        "blur_pool2d_backward",
         grad.contiguous(memory_format=_memory_format(x)),  # what was saved may be laid out otherwise than x was
         x,
         _taps(kernel),
@@ -414,7 +414,7 @@ def _defined_backward(grad, x, kernel, size, *options_and_sums):
     *options, sums = options_and_sums
     affine, spec = _prologue_of(*options)
     grad_u = reference.blur_pool2d_transposed(grad, kernel, tuple(size), **spec.blur)
-    none = grad.new_empty((0,), dtype=torch.float64)
+    none = grad_u.flatten()[:0].to(torch.float64)  # with a tangent, for all results of an operator have one
     if x is None:
         return grad_u, none, none
     ones = grad_u.new_ones(grad.shape[1])

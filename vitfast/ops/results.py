@@ -13,11 +13,12 @@ def keep_result_memory(limit: int) -> int:
     Memory that comes fresh from the system costs more than many a kernel takes to fill it. What attention and blur
     pooling return, and their gradients, therefore lies in memory that is kept when they are freed, if they have 1 MiB
     or more: 256 MiB in all by default. Results that are in use do not count. On Linux with PyTorch 2.11 or later;
-    elsewhere this changes nothing.
+    elsewhere nothing is kept.
 
     Args:
-        limit: bytes. Results that are larger come from PyTorch's allocator. With 0 all of them do, and what was kept
-            goes back to the system: for programs that resize storages of results, which kept memory does not allow.
+        limit: bytes. Results that are larger come from PyTorch's allocator. With 0 what was kept goes back to the
+            system, and all results are PyTorch's own: for programs that resize the storages of results, which is not
+            possible otherwise.
 
     Returns:
         The limit before.
@@ -28,4 +29,15 @@ def keep_result_memory(limit: int) -> int:
     """
     if limit < 0:
         raise ValueError(f"limit must be a number of bytes, 0 or more; got {limit}")
-    return _extension.require().keep_result_bytes(limit)
+    before = _extension.require().keep_result_bytes(limit)
+    global _are_handed_over
+    _are_handed_over = limit > 0
+    return before
+
+
+_are_handed_over = True
+
+
+def are_handed_over() -> bool:
+    """Whether results may lie in memory whose storages PyTorch cannot resize."""
+    return _are_handed_over

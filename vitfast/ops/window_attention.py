@@ -41,6 +41,7 @@ from vitfast.ops._rules import (
     is_transformed,
     laid_out_as,
     lse_dtype,
+    operator,
     records_gradients,
     register_autograd,
     require_operator,
@@ -88,7 +89,7 @@ def window_attention(
             return reference.window_attention(*_unpack(qkv), bias, **spec.options)
         require_operator(NAME, spec.backend, qkv[0].device)
         needs_grad = records_gradients(tensors)
-        return _operator(qkv)(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
+        return operator(_name(qkv))(*qkv, bias, list(window_size), list(shift), scale, needs_grad)[0]
     if forward_ad_is_nested():
         return reference.window_attention(*_unpack(qkv), bias, **spec.options)
     if is_transformed():
@@ -112,14 +113,14 @@ def _repack(packed: bool, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-def _operator(qkv: tuple[Tensor, ...]):
-    ops = torch.ops.vitfast
-    return (ops.window_attention if len(qkv) == 3 else ops.window_attention_qkvpacked).default
+def _name(qkv: tuple[Tensor, ...]) -> str:
+    """Of the registered operator."""
+    return "window_attention" if len(qkv) == 3 else "window_attention_qkvpacked"
 
 
-def _backward_operator(qkv: tuple[Tensor, ...]):
-    ops = torch.ops.vitfast
-    return (ops.window_attention_backward if len(qkv) == 3 else ops.window_attention_qkvpacked_backward).default
+def _backward_name(qkv: tuple[Tensor, ...]) -> str:
+    """Of the registered operator for the backward."""
+    return "window_attention_backward" if len(qkv) == 3 else "window_attention_qkvpacked_backward"
 
 
 def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ def _forward(spec: Spec, bias: Tensor | None, qkv: tuple[Tensor, ...], return_ls
 
         return kernels.forward(*_unpack(qkv), bias, spec.window_size, spec.shift, spec.scale, return_lse)
     arguments = (*qkv, bias, list(spec.window_size), list(spec.shift), spec.scale, return_lse)
-    return call_operator(_operator(qkv), *arguments)
+    return call_operator(_name(qkv), *arguments)
 
 
 def _backward(
@@ -140,7 +141,7 @@ def _backward(
         grads = _triton_backward(grad, *qkv, bias, lse, spec.window_size, spec.shift, spec.scale)
     else:
         arguments = (grad, *qkv, bias, lse, list(spec.window_size), list(spec.shift), spec.scale)
-        grads = call_operator(_backward_operator(qkv), *arguments)
+        grads = call_operator(_backward_name(qkv), *arguments)
     return grads[:-1] if bias is None else grads
 
 
@@ -397,8 +398,8 @@ def _setup_compiled(ctx, inputs, output):
 def _compiled_backward(ctx, grad, _):
     bias, lse, *qkv = ctx.saved_tensors
     if lse.shape[0] != grad.shape[0]:  # a program that was exported without gradients
-        lse = _operator(qkv)(*qkv, bias, *ctx.arguments, True)[1]
-    grads = _backward_operator(qkv)(grad, *qkv, bias, lse, *ctx.arguments)
+        lse = operator(_name(qkv))(*qkv, bias, *ctx.arguments, True)[1]
+    grads = operator(_backward_name(qkv))(grad, *qkv, bias, lse, *ctx.arguments)
     return *grads[: len(qkv)], (None if bias is None else grads[-1]), None, None, None, None
 
 
@@ -418,7 +419,7 @@ def _defined(*arguments):
     options = {"window_size": tuple(window_size), "shift": tuple(shift), "scale": scale}
     query, key, value = _unpack(qkv)
     out = laid_out_as(reference.window_attention(query, key, value, bias, **options), query)
-    return out, _operator(qkv)(*without_tangents(arguments))[1] if return_lse else out.new_empty((0,))
+    return out, operator(_name(qkv))(*without_tangents(arguments))[1] if return_lse else out.new_empty((0,))
 
 
 def _defined_backward(*arguments):
