@@ -170,12 +170,16 @@ class BlurChannels {
 
 // From here on a result is written past the caches: it would be gone from them before anyone reads it, and would drive
 // out the input. Half of the third level of common processors; what the system says of it may be the sum of several.
-constexpr int64_t kStreamedBytes = 16 << 20;
+// Smaller results as well, where they and the input fill most of that level.
+constexpr int64_t kStreamedBytes = 16 << 20, kStreamedBytesWithInput = 24 << 20;
 
 template <class S>
 inline bool is_streamed(const BlurCall& call) {
-  const int64_t values = call.plan.batch * call.plan.channels * call.plan.out_height * call.plan.out_width;
-  return std::is_same_v<S, Compute<S>> && values * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
+  const BlurPlan& plan = call.plan;
+  const int64_t planes = plan.batch * plan.channels, size = sizeof(S);
+  const int64_t in = planes * plan.in_height * plan.in_width * size;
+  const int64_t out = planes * plan.out_height * plan.out_width * size;
+  return std::is_same_v<S, Compute<S>> && (out >= kStreamedBytes || in + out >= kStreamedBytesWithInput);
 }
 
 // Whether the larger of the two maps is likely to come from memory: with the other it fills the third level.
