@@ -59,13 +59,13 @@ inline int64_t blur_outputs(int64_t size, int64_t taps, int64_t stride, int64_t 
   return (size + before + after - taps) / stride + 1;
 }
 
-// The values of scale or shift, or null for none.
+// The values of one of a prologue's tensors, or null for none.
 inline const void* per_channel(const std::optional<Tensor>& values, int64_t channels,
                                torch::headeronly::ScalarType dtype) {
   if (!values.has_value()) return nullptr;
   check_blur(
       values->dim() == 1 && values->size(0) == channels && values->is_contiguous() && values->scalar_type() == dtype,
-      "scale and shift must be (C,), contiguous, in the dtype that is computed in");
+      "the tensors of a prologue must be (C,), contiguous, in the dtype that is computed in");
   return values->data_ptr();
 }
 

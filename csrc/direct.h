@@ -28,7 +28,8 @@ struct Unsuited : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What is used of PyTorch's Python; it stays for as long as the process.
+// What is used of PyTorch's Python; it stays for as long as the process. Made when the module is, for the lock that a
+// thread holds while it makes a static variable would not go together with Python's own.
 struct Python {
   PyObject *tensor, *parameter;       // types
   PyObject *to_dlpack, *from_dlpack;  // functions
@@ -88,12 +89,13 @@ inline Tensor borrow(PyObject* object) {
   const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != python.tensor && type != python.parameter) throw Unsuited("type");
   const auto negates = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, python.is_neg));
+  if (!negates) throw py::error_already_set();
+  if (negates.is(py::bool_(true))) throw Unsuited("negated");
   const auto capsule = py::reinterpret_steal<py::object>(PyObject_CallOneArg(python.to_dlpack, object));
-  if (!negates || !capsule) {
+  if (!capsule) {
     PyErr_Clear();
     throw Unsuited("memory");
   }
-  if (negates.is(py::bool_(true))) throw Unsuited("negated");
   const auto* managed = static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   const DLTensor& tensor = managed->dl_tensor;
   if (tensor.device.device_type != kDLCPU) throw Unsuited("device");
@@ -133,8 +135,8 @@ inline py::object hand_over(Tensor&& tensor) {
   const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(handover->managed(), "dltensor", nullptr));
   if (!capsule) throw py::error_already_set();
   auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(Python::instance().from_dlpack, capsule.ptr()));
+  if (!PyCapsule_IsValid(capsule.ptr(), "dltensor")) handover.release();  // it was taken, and its deleter is PyTorch's
   if (!result) throw py::error_already_set();
-  handover.release();  // the result's deleter frees it
   return result;
 }
 

@@ -47,6 +47,7 @@ py::dict build_info() {
 void define_operators(py::module_ module) {
   const auto define = [&](const char* name, auto function) { vitfast::direct::define(module, name, function); };
   py::register_exception<vitfast::direct::Unsuited>(module, "Unsuited");
+  vitfast::direct::Python::instance();
   define("attention", &vitfast::attention_cpu);
   define("attention_backward", &vitfast::attention_backward_cpu);
   define("attention_qkvpacked", &vitfast::attention_qkvpacked_cpu);

@@ -578,8 +578,9 @@ def _check_affine(
         return _blur_pool.Affine(scale, shift), 0.0
     if scale is not None or shift is not None:
         raise ValueError("norm takes the place of scale and shift: pass either norm or these two")
-    if not isinstance(norm, tuple) or len(norm) != 5:
-        raise TypeError(f"norm must be (weight, bias, running_mean, running_var, eps); got {norm!r}")
+    if not isinstance(norm, (tuple, list)) or len(norm) != 5:
+        got = f"{len(norm)} values" if isinstance(norm, (tuple, list)) else type(norm).__name__
+        raise TypeError(f"norm must be (weight, bias, running_mean, running_var, eps); got {got}")
     *tensors, eps = norm
     if not isinstance(eps, Real) or not eps >= 0:
         raise ValueError(f"eps of norm must be a number, and not negative; got {eps!r}")

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <list>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -265,23 +266,22 @@ std::shared_ptr<const BlurPlan> new_plan(const PlanKey& key) {
   return plan;
 }
 
-// The plan of a key: one that this thread has kept, or a new one. Plans of very large maps are large and not kept.
+// The plan of a key: one of those that this thread used last, or a new one. Plans of very large maps are large and not
+// kept.
 std::shared_ptr<const BlurPlan> plan_of(const PlanKey& key) {
   constexpr size_t kKept = 32;
   constexpr int64_t kLargest = 2048;
-  thread_local std::vector<std::pair<PlanKey, std::shared_ptr<const BlurPlan>>> kept;
-  thread_local size_t next = 0;  // to be replaced
-  for (const auto& [other, plan] : kept) {
-    if (other == key) return plan;
+  thread_local std::list<std::pair<PlanKey, std::shared_ptr<const BlurPlan>>> kept;  // the last used first
+  for (auto known = kept.begin(); known != kept.end(); ++known) {
+    if (known->first == key) {
+      kept.splice(kept.begin(), kept, known);
+      return known->second;
+    }
   }
   std::shared_ptr<const BlurPlan> plan = new_plan(key);
-  if (std::max(key.height, key.width) > kLargest) return plan;
-  if (kept.size() < kKept) {
-    kept.emplace_back(key, plan);
-  } else {
-    kept[next] = {key, plan};
-    next = (next + 1) % kKept;
-  }
+  if (std::max({plan->in_height, plan->in_width, plan->out_height, plan->out_width}) > kLargest) return plan;
+  kept.emplace_front(key, plan);
+  if (kept.size() > kKept) kept.pop_back();
   return plan;
 }
 
@@ -412,7 +412,8 @@ std::tuple<Tensor, Tensor, Tensor> blur_pool2d_backward_cpu(Tensor grad, std::op
   call.in = grad.data_ptr();
   call.out = grad_x.data_ptr();
   Tensor none = torch::stable::new_empty(grad, {0}, ScalarType::Double);
-  check_blur(x.has_value() == call.prologue.any(), "x is needed with a prologue, and only then");
+  const bool any = activation != 0 || scale.has_value() || shift.has_value() || mean.has_value();
+  check_blur(x.has_value() == any, "x is needed with a prologue, and only then");
   check_blur(!sums || x.has_value(), "there are sums with a prologue only");
   if (!x.has_value()) {
     if (!empty(grad_x)) kernels().run(call);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <iterator>
 #include <mutex>
@@ -29,11 +30,12 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 namespace vitfast::cpu {
 namespace {
 
+constexpr int64_t kDefaultLimit = int64_t{256} << 20;
+
 #if defined(__linux__)
 
 // Below this malloc has a block at hand.
 constexpr int64_t kLeastBytes = int64_t{1} << 20;
-constexpr int64_t kDefaultLimit = int64_t{256} << 20;
 constexpr int64_t kGranule = int64_t{64} << 10;  // a multiple of every system's pages, so that their rest can go
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
@@ -243,7 +245,10 @@ Tensor new_result_like(const Tensor& like) {
 int64_t keep_result_bytes(int64_t limit) { return ResultMemory::instance().set_limit(limit); }
 int64_t kept_result_bytes() { return ResultMemory::instance().kept_bytes(); }
 #else
-int64_t keep_result_bytes(int64_t) { return 0; }
+int64_t keep_result_bytes(int64_t limit) {
+  static std::atomic<int64_t> limit_in_force = kDefaultLimit;
+  return limit_in_force.exchange(limit);
+}
 int64_t kept_result_bytes() { return 0; }
 #endif
 

@@ -220,7 +220,8 @@ def test_normalisations(dtype, affine, channels_last):
     """Folded by the kernels, or by PyTorch where their tensors need gradients: both as a batch normalisation."""
     case = Case(channels_last=channels_last, size=(20, 37))
     (x,) = case.tensors(dtype)
-    weight, bias, mean, variance = torch.randn(4, 21).to(dtype)
+    # In float32 at least: of a 16-bit mean, ties with x would be decided by rounding.
+    weight, bias, mean, variance = torch.randn(4, 21, dtype=torch.promote_types(dtype, torch.float32))
     norm = [weight if affine[0] else None, bias if affine[1] else None, mean, variance.square() + 0.1]
     grad = torch.randn(2, 21, 10, 19).to(dtype)
 
@@ -233,7 +234,8 @@ def test_normalisations(dtype, affine, channels_last):
             return blur_pool2d(z.relu(), PASCAL[3].double(), stride=2)
 
     def run(function, dtype, differentiated):
-        tensors = [None if t is None else t.detach().to(dtype) for t in (x, *norm)]
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = [x.detach().to(dtype), *(None if t is None else t.detach().to(wide) for t in norm)]
         leaves = [t.requires_grad_() for t in tensors[: 3 if differentiated else 1] if t is not None]
         output = function(*tensors)
         return output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))
@@ -245,6 +247,14 @@ def test_normalisations(dtype, affine, channels_last):
                 assert_close(found, others[1], rtol=1e-11, atol=1e-11)
             else:
                 assert_close_to_reference(found, *others)
+
+
+def test_normalisations_in_float16():
+    x, norm = torch.randn(2, 21, 9, 8).half(), (*torch.randn(3, 21).half(), torch.rand(21).half() + 0.1)
+    output = blur_pool2d(x, PASCAL[3], norm=(*norm, 1e-5), activation="relu")
+    expected = blur_pool2d(x.float(), PASCAL[3], norm=(*(t.float() for t in norm), 1e-5), activation="relu")
+    assert output.dtype == torch.float16
+    assert_close(output, expected.half(), rtol=1e-3, atol=1e-5)
 
 
 def test_float32_scale_beside_bfloat16():
@@ -305,6 +315,8 @@ def test_strides_of_neither_memory_format():
 @pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 0, 5, 5)])
 def test_empty_batches(shape):
     x = torch.randn(shape, requires_grad=True)
+    norm = (None, None, torch.zeros(shape[1]), torch.ones(shape[1]), 0.0)
+    assert torch.autograd.grad(blur_pool2d(x, PASCAL[3], norm=norm).sum(), x)[0].shape == shape
     scale = torch.ones(shape[1], requires_grad=True)
     output = blur_pool2d(x, PASCAL[3], stride=2, scale=scale, activation="relu")
     assert output.shape == (*shape[:2], 3, 3)

@@ -191,7 +191,8 @@ def _measure(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
     if workload.floor is not None:
         runs[FLOOR] = workload.floor
     copied = None
-    if workload.beside_copies:
+    if workload.beside_copies:  # last: of the implementations, it is ours that meets the caches after a copy
+        assert not case.apart, "copies are timed in this process"
         runs[COPY], copied = large_copy(device)
     if case.apart and device.type == "cpu":
         with workers(case, list(runs), dtype) as runs:

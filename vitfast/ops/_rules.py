@@ -105,7 +105,7 @@ def call_operator(name: str, *arguments):
     """
     if torch.compiler.is_compiling():
         return operator(name)(*arguments)
-    if name in _DIRECT and arguments[0].is_cpu and _is_unobserved() and are_handed_over():
+    if name in _DIRECT and arguments[0].is_cpu and is_unobserved() and are_handed_over():
         try:
             return _DIRECT[name](*arguments)
         except _Unsuited:  # subclasses and others
@@ -114,13 +114,14 @@ def call_operator(name: str, *arguments):
         return operator(name)(*arguments)
 
 
-def _is_unobserved() -> bool:
+def is_unobserved() -> bool:
     """Whether nobody follows which operators are called: no mode, trace, profiler or transform."""
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled  # with profile_all_threads nothing else tells
         or is_transformed()
     )
 

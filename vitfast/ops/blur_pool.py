@@ -34,6 +34,7 @@ from vitfast.ops._rules import (
     forward_ad_is_nested,
     is_batched_gradient,
     is_transformed,
+    is_unobserved,
     records_gradients,
     register_autograd,
     require_operator,
@@ -92,8 +93,8 @@ def blur_pool2d(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor
     if backend == "reference" or not _is_constant(kernel):
         return _definition(x, kernel, affine, spec)
     if not (torch.compiler.is_compiling() or is_transformed()):  # the usual case
-        if backend != "cpu" or records_gradients(affine):
-            affine = affine.folded(spec.eps)
+        if affine.mean is not None and (backend != "cpu" or records_gradients(affine) or not is_unobserved()):
+            affine = affine.folded(spec.eps)  # also for traces, which may be run on other devices
         if not records_gradients((x, *affine)):
             return _forward(x, kernel, affine, spec)
         if _has_prologue(affine, spec):
