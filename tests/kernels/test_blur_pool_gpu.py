@@ -123,6 +123,26 @@ def test_prologue(dtype, activation, channels_last):
         assert_right(shape, dtype, channels_last, prologue=True, activation=activation, taps=3, stride=2)
 
 
+@pytest.mark.parametrize("differentiated", [False, True], ids=["constant", "differentiated"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_normalisations(channels_last, differentiated):
+    """Without gradients of its tensors, no sums are asked of the kernel."""
+    x, weight, bias = tensors((3, 36, 14, 18), torch.float64, channels_last, prologue=True)
+    mean, variance = bias.cos(), 0.5 + bias.square()
+
+    def run(backend):
+        leaf = x.clone().requires_grad_()
+        affine = [t.clone().requires_grad_(differentiated) for t in (weight, bias)]
+        leaves = [leaf, *affine] if differentiated else [leaf]
+        with vitfast.backend(backend):
+            taps = torch.ones(3, device="cuda")
+            out = blur_pool2d(leaf, taps, norm=(*affine, mean, variance, 1e-3), activation="relu")
+            return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    for found, expected in zip(run("cuda"), run("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 def test_sums_are_the_same_in_every_run():
     arguments = tensors((16, 64, 56, 56), torch.float32, False, prologue=True)
     first, second = (results("cuda", arguments, torch.float32, taps=3, stride=1, activation="relu") for _ in range(2))
