@@ -213,9 +213,9 @@ def test_results_outlive_their_inputs_and_are_freed():
     x = torch.randn(4, 8, 80, 40)  # 400 KB
     blur_pool2d(x, TAPS)
     before = resident_bytes()
-    for _ in range(1000):
+    for _ in range(2000):
         blur_pool2d(x, TAPS)
-    assert resident_bytes() - before < 1e8  # of 400 MB
+    assert resident_bytes() - before < 4e8  # of 800 MB; AddressSanitizer holds back 256
 
 
 def resident_bytes() -> int:
