@@ -228,6 +228,8 @@ struct PlanKey {
   bool operator==(const PlanKey& other) const { return std::memcmp(this, &other, sizeof(PlanKey)) == 0; }
 };
 
+static_assert(sizeof(PlanKey) == sizeof(double) * (19 + kMostTaps * kMostTaps), "there is padding");
+
 std::shared_ptr<const BlurPlan> new_plan(const PlanKey& key) {
   const auto& [height, width, batch, channels, storage, element_size, channels_last, transpose, prepared, instructions,
                stride, padding, mode, taps, weights] = key;
