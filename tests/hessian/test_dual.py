@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from vitfast.hessian import HessianOperator, hvp
 from vitfast.hessian import memory as hessian_memory
+from vitfast.hessian.deferred import Deferred
 from vitfast.hessian.dual import Unsupported, gradient_tangents
 from vitfast.hessian.recording import Recording
 
@@ -687,3 +688,87 @@ def test_product_of_a_functional_call_in_any_form():
     product = hvp(fn, params, tree)
     assert set(product) == set(params)
     assert functional_call(model, product, (inputs,)).shape == (4, 3)
+
+
+# ---- primal results that nobody reads -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """What is deferred in a test and read, each checked against the layout that was foretold."""
+    results = []
+
+    def checked(self):
+        is_new = self.value is None
+        result = compute(self)
+        if is_new:
+            results.append(result)
+            foretold = self.shape, tuple(self.stride()), self.dtype, self.device
+            assert (result.shape, result.stride(), result.dtype, result.device) == foretold
+        return result
+
+    compute = Deferred.read
+    monkeypatch.setattr(Deferred, "read", checked)
+    return results
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution", "convolutions with kernels", "groups", "transposed"])
+def test_gradients_of_parameters_are_not_computed(name, read):
+    model, inputs, targets = layers(name)
+    loss, params = loss_of(model, inputs, targets)
+    gradient_tangents(loss, params, directions(params, 2))
+    weights = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
+    assert not [r.shape for r in read if r.shape in weights]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_are_needed_are_computed(read, layout, dtype):
+    """Weights that are functions of parameters, or used twice."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, 6, 6, dtype=dtype).contiguous(memory_format=layout)
+    shapes = {"a": (16, 5), "b": (5, 16), "bias": (16,), "k": (16, 16, 3, 3), "g": (16, 8, 1, 1), "s": (16, 16, 3, 3)}
+    params = {name: torch.randn(shape, dtype=dtype) / 4 for name, shape in shapes.items()}
+
+    def fn(p):
+        weight, bias = p["a"] @ p["b"], p["bias"].tanh()
+        maps = F.conv2d(x, p["k"] * 0.5, bias, padding=1).tanh() + F.conv2d(x, p["g"].sin(), groups=2)
+        maps = F.conv2d(maps, p["s"].tanh(), bias, stride=2)
+        rows = F.linear(maps.movedim(1, -1), weight, bias).sin()
+        return F.linear(rows, weight.t(), bias).square().mean() + F.linear(rows, p["b"]).mean()
+
+    vectors = directions(params, 2)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
+    recording = Recording()
+    for _ in range(2):
+        result = gradient_tangents(fn, params, vectors, recording)
+        assert_close(result, by_transforms(fn, params, vectors), rtol=tolerance, atol=tolerance)
+    assert {(16, 16), (16, 16, 3, 3), (16, 8, 1, 1), (16,)} <= {tuple(r.shape) for r in read}
+
+
+class ForgettingItsMatrix(torch.autograd.Function):
+    """x times a matrix that is overwritten at the end of the backward pass, as one that frees its memory may do."""
+
+    @staticmethod
+    def forward(x, matrix):
+        return x @ matrix
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.matrix = inputs[1].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        result = grad @ ctx.matrix.t()
+        ctx.matrix.zero_()
+        return result, None
+
+    @staticmethod
+    def jvp(ctx, x_t, _):
+        return x_t @ ctx.matrix
+
+
+def test_what_is_changed_before_it_is_read_is_noticed():
+    x, matrix, vectors = torch.randn(3, 4).double(), torch.randn(4, 4).double(), torch.randn(2, 3, 4).double()
+    with pytest.raises(RuntimeError, match="yet to read was changed in place"):
+        gradient_tangents(lambda x: ForgettingItsMatrix.apply(x.sin(), matrix).square().sum(), x, vectors)

@@ -25,6 +25,7 @@ from torch.func import jvp
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from vitfast.hessian.deferred import forgotten, value_of
 from vitfast.hessian.recording import Pair, Recording, leaves_of, mapped, parts
 
 __all__ = ["Dual", "Rule", "Unsupported", "gradient_tangents"]
@@ -50,9 +51,9 @@ class Dual(Tensor):
 
     @staticmethod
     def __new__(cls, pair: Pair, recording: Recording | None = None, place: Pair | None = None):
-        primal = pair.primal
+        held = pair.held
         self = Tensor._make_wrapper_subclass(
-            cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device
         )
         self.pair, self.is_shared, self.recording, self.place = pair, False, recording, place
         return self
@@ -123,6 +124,10 @@ PRIMALS: dict[Any, Callable] = {}
 """Operations of the dispatcher -> what computes their primal results, where that is not the operation itself. These may
 have another layout, but share no memory with arguments that the operation's would not."""
 
+DEFERRED: dict[Any, Callable] = {}
+"""Operations -> what defers some of their primal results in a backward pass, for these may be gradients of parameters,
+which nobody reads. Its arguments may be deferred themselves."""
+
 STATISTICS: set[Any] = set()
 """Operations some of whose results have no tangents, and need none."""
 
@@ -144,6 +149,7 @@ class _Known:
     composite: Callable | None
     rule: Rule | None
     primal: Callable
+    deferred: Callable | None
 
 
 @functools.cache
@@ -151,8 +157,10 @@ def _known(operation) -> _Known:
     schema = operation._schema
     returns_views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     takes_lists = any("Tensor" in str(a.type) and "List" in str(a.type) for a in schema.arguments)
-    known = COMPOSITES.get(operation), RULES.get(operation), PRIMALS.get(operation, operation)
-    return _Known(operation in CONSTANTS, schema.is_mutable, returns_views, takes_lists, *known)
+    return _Known(
+        *(operation in CONSTANTS, schema.is_mutable, returns_views, takes_lists),
+        *(COMPOSITES.get(operation), RULES.get(operation), PRIMALS.get(operation, operation), DEFERRED.get(operation)),
+    )
 
 
 def _with_tangents(operation, known: _Known, args: tuple, kwargs: dict) -> Any:
@@ -162,7 +170,11 @@ def _with_tangents(operation, known: _Known, args: tuple, kwargs: dict) -> Any:
     if rule is None or (rule.serves is not None and not rule.serves(*pairs, **options)):
         function, first = by_transforms, (operation,)
     else:
-        function, first = rule.function, (operation, known.primal(*each(_primal, args), **kwargs))
+        if known.deferred is not None and _in_backward():
+            result = known.deferred(*each(_held, args), **kwargs)
+        else:
+            result = known.primal(*each(_primal, args), **kwargs)
+        function, first = rule.function, (operation, result)
     if function is by_transforms or rule.maps:
         with enable_reentrant_dispatch(), torch.no_grad():
             results = function(*first, *pairs, **options)
@@ -174,12 +186,12 @@ def _with_tangents(operation, known: _Known, args: tuple, kwargs: dict) -> Any:
 
     def dual(x: Any) -> Any:
         if not isinstance(x, Pair):
-            return x
-        if x.tangents.dtype != x.primal.dtype:
-            x = Pair(x.primal, x.tangents.to(x.primal.dtype))
+            return value_of(x)
+        if x.tangents.dtype != x.dtype:
+            x = Pair(x.held, x.tangents.to(x.dtype))
         if recording is None:
             return Dual(x)
-        places.append(Pair(x.primal, None))
+        places.append(Pair(x.held, None))
         return Dual(x, recording, places[-1])
 
     results = mapped(dual, results)
@@ -199,6 +211,15 @@ def _place(x: Any) -> Any:
 
 def _primal(x: Any) -> Any:
     return x.pair.primal if isinstance(x, Dual) else x
+
+
+def _held(x: Any) -> Any:
+    return x.pair.held if isinstance(x, Dual) else x
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work: what a function itself computes with may be changed in place afterwards."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _each(function: Callable[[Any], Any], args: tuple) -> list:
@@ -325,7 +346,16 @@ def _gradient(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording:
             primal = leaf.detach()
             place = None if recording is None else recording.input(primal)
             duals.append(Dual(Pair(primal, leaf_t.to(primal.dtype)), recording, place).requires_grad_())
+            duals[-1].register_hook(_without_primal)
         value = fn(tree_unflatten(duals, tree))
         if not value.requires_grad:
             return [None] * len(duals)
         return torch.autograd.grad(value, duals, allow_unused=True)
+
+
+def _without_primal(gradient: Tensor) -> Tensor:
+    """The gradient of a parameter, whose primal nobody will read: what it would be computed from can go."""
+    if not isinstance(gradient, Dual):
+        return gradient
+    pair = Pair(forgotten(gradient.pair.held), gradient.tangents)
+    return Dual(pair, gradient.recording, gradient.place)

@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten
 
+from vitfast.hessian.deferred import version_of
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import bytes_of_vector, fitting_chunk, hold_freed_memory, release_freed_memory
 from vitfast.hessian.products import Way, batched, hessian_products, mapped
-from vitfast.hessian.recording import Recording, version_of
+from vitfast.hessian.recording import Recording
 
 __all__ = ["HessianOperator"]
 

@@ -14,28 +14,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pair", "Recording", "leaves_of", "mapped", "pair", "pairs_in", "parts", "version_of"]
+from vitfast.hessian.deferred import Deferred, version_of
+
+__all__ = ["Pair", "Recording", "leaves_of", "mapped", "pair", "pairs_in", "parts"]
 
 
 class Pair:
     """A tensor and K tangents of it, (K, *shape), as rules take and return them."""
 
-    __slots__ = ("primal", "tangents")
+    __slots__ = ("_primal", "tangents")
 
-    def __init__(self, primal: Tensor, tangents: Tensor | None):
-        self.primal, self.tangents = primal, tangents
+    def __init__(self, primal: Tensor | Deferred, tangents: Tensor | None):
+        self._primal, self.tangents = primal, tangents
+
+    @property
+    def primal(self) -> Tensor:
+        """The tensor. One that was deferred is computed."""
+        if type(self._primal) is Deferred:
+            self._primal = self._primal.read()
+        return self._primal
+
+    @property
+    def held(self) -> Tensor | Deferred:
+        """The tensor, deferred if nobody has read it."""
+        if type(self._primal) is Deferred and self._primal.value is not None:
+            self._primal = self._primal.value
+        return self._primal
 
     @property
     def shape(self) -> torch.Size:
         """Of the primal."""
-        return self.primal.shape
+        return self._primal.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the primal."""
+        return self._primal.dtype
 
     def dim(self) -> int:
         """Of the primal."""
-        return self.primal.dim()
+        return self._primal.dim()
 
 
-def pair(primal: Tensor, tangents: Tensor | None) -> Pair | Tensor:
+def pair(primal: Tensor | Deferred, tangents: Tensor | None) -> Pair | Tensor | Deferred:
     """A tensor with these tangents; a plain one if there are none."""
     return primal if tangents is None else Pair(primal, tangents)
 
@@ -66,11 +87,6 @@ def pairs_in(x: Any) -> Iterator[Pair]:
     return (leaf for leaf in leaves_of(x) if isinstance(leaf, Pair))
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place, as far as PyTorch counts."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 @dataclass(slots=True)
 class _Step:
     """One operation: function(*args, **options), whose results have tangents for the pairs of ``results``."""
@@ -88,9 +104,9 @@ class _Step:
         yield from leaves_of(tuple(self.options.values()))
 
     def tensors(self) -> Iterator[Tensor]:
-        """Those, and the primals of the pairs."""
+        """Those, and the primals of the pairs, but for what nobody has read."""
         for operand in self.operands():
-            tensor = operand.primal if isinstance(operand, Pair) else operand
+            tensor = operand.held if isinstance(operand, Pair) else operand
             if isinstance(tensor, Tensor):
                 yield tensor
 
@@ -158,11 +174,11 @@ class Recording:
         """The tangents of the results for other tangents of the inputs."""
         try:
             for place, given in zip(self._inputs, tangents, strict=True):
-                place.tangents = given.to(place.primal.dtype)
+                place.tangents = given.to(place.dtype)
             for step in self._steps:
                 results = step.function(*step.args, **step.options)
                 for place, result in zip(step.results, pairs_in(results), strict=True):
-                    place.tangents = result.tangents.to(place.primal.dtype)
+                    place.tangents = result.tangents.to(place.dtype)
                 for place in step.done:
                     place.tangents = None
             return [None if place is None else place.tangents for place in self._results]

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast.hessian.dual import COMPOSITES, CONSTANTS, PRIMALS, RULES, STATISTICS, Rule, Unsupported
+from vitfast.hessian.deferred import Deferred, value_of
+from vitfast.hessian.dual import COMPOSITES, CONSTANTS, DEFERRED, PRIMALS, RULES, STATISTICS, Rule, Unsupported
 from vitfast.hessian.recording import Pair, pair, parts
 from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
@@ -43,6 +44,16 @@ def _rule(*operations, serves: Callable[..., bool] | None = None, maps: bool = F
     return register
 
 
+def _defers(operation) -> Callable:
+    """Registers the decorated function as what defers primal results of an operation."""
+
+    def register(function: Callable) -> Callable:
+        DEFERRED[operation] = function
+        return function
+
+    return register
+
+
 # ---- views, and other operations that move values --------------------------------------------------------------------
 
 
@@ -64,6 +75,13 @@ def _view(operation, result, x, shape, *strides):
     return Pair(result, x.tangents.reshape(len(x.tangents), *result.shape))
 
 
+@_defers(aten.view.default)
+def _view_later(x, shape):
+    if not isinstance(x, Deferred) or -1 in shape:
+        return _reshaped_primal(value_of(x), shape)
+    return Deferred(_reshaped_primal, (x, shape), shape)
+
+
 @_rule(aten.expand.default)
 def _expand(operation, result, x, shape, *, implicit=False):
     return Pair(result, _aligned(x.tangents, result.dim()).expand(-1, *result.shape))
@@ -77,6 +95,13 @@ def _permute(operation, result, x, dims):
 @_rule(aten.t.default)
 def _transpose_matrix(operation, result, x):
     return Pair(result, x.tangents if x.dim() < 2 else x.tangents.transpose(1, 2))
+
+
+@_defers(aten.t.default)
+def _transpose_matrix_later(x):
+    if not isinstance(x, Deferred) or x.dim() < 2:
+        return value_of(x).t()
+    return Deferred(Tensor.t, (x,), reversed(x.shape), tuple(reversed(x.stride())))
 
 
 def _has_dimensions(x, *args, **options):
@@ -291,6 +316,15 @@ def _reduce(operation, result, x, dims, keepdim=False, *, dtype=None):
     return Pair(result, operation(x.tangents, behind, keepdim, dtype=dtype))
 
 
+@_defers(aten.sum.dim_IntList)
+def _sum_later(x, dims, keepdim=False, *, dtype=None):
+    if not isinstance(x, Tensor) or not dims or dtype not in (None, x.dtype):
+        return aten.sum.dim_IntList(value_of(x), dims, keepdim, dtype=dtype)
+    dims = [dim % x.dim() for dim in dims]
+    kept = [1 if dim in dims else size for dim, size in enumerate(x.shape) if keepdim or dim not in dims]
+    return Deferred(lambda x: x.sum(dims, keepdim).contiguous(), (x,), kept)
+
+
 # ---- softmax cross-entropy ------------------------------------------------------------------------------------------
 
 
@@ -351,6 +385,11 @@ PRIMALS[aten.mm.default] = matrix_product
 PRIMALS[aten.addmm.default] = _addmm_primal
 
 
+@_defers(aten.mm.default)
+def _mm_later(a, b):
+    return Deferred(matrix_product, (a, b), (a.shape[0], b.shape[1]))
+
+
 @_rule(aten.mm.default)
 def _mm(operation, result, a, b):
     return Pair(result, _product_tangents(a, b))
@@ -389,15 +428,38 @@ def _convolution_primal(x, weight, bias, *options):
 
 
 def _convolution_backward_primal(grad, x, weight, bias_sizes, *options):
+    return tuple(map(value_of, _convolution_backward_later(grad, x, weight, bias_sizes, *options)))
+
+
+@_defers(aten.convolution_backward.default)
+def _convolution_backward_later(grad, x, weight, bias_sizes, *options):
+    """The gradient of x now, those of weight and bias later."""
     *options, wanted = options
+    grad, x, weight = map(value_of, (grad, x, weight))
     grad, x = (_in_best_layout(maps, weight) for maps in (grad, x))
-    if not _has_kernels(x, weight, *options):
-        return aten.convolution_backward.default(grad, x, weight, bias_sizes, *options, wanted)
-    by, padding = grad[None], options[1][0]
+    has_kernels, padding = _has_kernels(x, weight, *options), options[1][0]
+
+    def by_pytorch(which: int) -> Tensor:
+        only = [each == which for each in range(3)]
+        return aten.convolution_backward.default(grad, x, weight, bias_sizes, *options, only)[which]
+
+    def of_input() -> Tensor:
+        if has_kernels:
+            return convolution.input_gradient_tangents(grad, weight, grad[None], None, padding)[0]
+        return by_pytorch(0)
+
+    def of_weight(grad: Tensor, x: Tensor) -> Tensor:
+        if has_kernels:
+            return convolution.weight_gradient_tangents(grad, x, weight, grad[None], None, padding)[0]
+        return by_pytorch(1).contiguous()
+
+    def of_bias(grad: Tensor) -> Tensor:
+        return grad.flatten(2).sum((0, 2))
+
     return (
-        convolution.input_gradient_tangents(grad, weight, by, None, padding)[0] if wanted[0] else None,
-        convolution.weight_gradient_tangents(grad, x, weight, by, None, padding)[0] if wanted[1] else None,
-        grad.sum((0, 2, 3)) if wanted[2] else None,
+        of_input() if wanted[0] else None,
+        Deferred(of_weight, (grad, x), weight.shape) if wanted[1] else None,
+        Deferred(of_bias, (grad,), bias_sizes) if wanted[2] else None,
     )
 
 
