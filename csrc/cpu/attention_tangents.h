@@ -59,24 +59,34 @@ class HeadTangents {
         scores_grad_(grad_.empty() ? 0 : most_keys, kWidth, arena),
         scores_grad_t_(grad_.empty() ? 0 : most_keys, kWidth, arena) {}
 
+  int64_t pauses(int64_t queries) const { return blocks_of(queries) * (1 + kPausesOfTangent * count_); }
+
+  // Calls f(operand, of_queries) for all that are read or written.
+  template <class F>
+  void for_each_operand(F f) {
+    for_each({&query_, &grad_, &query_t_, &grad_t_, &out_t_, &query_grad_t_}, [&](Operand& x) { f(x, true); });
+    for_each({&key_, &value_, &key_t_, &value_t_, &key_grad_t_, &value_grad_t_}, [&](Operand& x) { f(x, false); });
+  }
+
   // `select(operand, of_queries)` turns an operand to the queries or the keys. `bias` has
   //   rows(block, first key, keys)        a block of the bias, transposed, or nothing;
   //   tangent(k, block, first key, keys)  the same of its tangent k;
   //   add_grad_t(k, block, dS.^T, keys)   takes the tangent of the gradient of a block of scores.
-  template <class Select, class Bias>
-  void operator()(int64_t queries, int64_t keys, Select select, Bias& bias) {
+  // `meanwhile` is called again and again, as often as `pauses` says.
+  template <class Select, class Bias, class F>
+  void operator()(int64_t queries, int64_t keys, Select select, Bias& bias, F meanwhile) {
     keys_ = keys;
-    for_each({&query_, &grad_, &query_t_, &grad_t_}, [&](Operand& x) { select(x, true), x.gather(); });
-    for_each({&key_, &value_, &key_t_, &value_t_}, [&](Operand& x) { select(x, false), x.gather(); });
-    for_each({&out_t_, &query_grad_t_}, [&](Operand& x) { select(x, true); });
-    for_each({&key_grad_t_, &value_grad_t_}, [&](Operand& x) { select(x, false); });
-    const int64_t vectors = parts(queries, kLanes<T>), blocks = parts(vectors, kTileVectors);
+    for_each_operand(select);
+    for_each({&query_, &grad_, &query_t_, &grad_t_, &key_, &value_, &key_t_, &value_t_},
+             [](Operand& x) { x.gather(); });
+    const int64_t vectors = parts(queries, kLanes<T>), blocks = blocks_of(queries);
     for (int64_t index = 0; index < blocks; ++index) {
       const int64_t begin = vectors * index / blocks, end = vectors * (index + 1) / blocks;
       const int64_t first = begin * kLanes<T>, last = std::min(end * kLanes<T>, queries);
       block_ = {first, end - begin, last - first, false};
       compute_primal(bias);
-      for (int64_t k = 0; k < count_; ++k) compute_tangents(k, bias);
+      meanwhile();
+      for (int64_t k = 0; k < count_; ++k) compute_tangents(k, bias, meanwhile);
     }
     for_each({&out_t_, &query_grad_t_, &key_grad_t_, &value_grad_t_}, [&](Operand& x) { x.scatter(); });
   }
@@ -84,6 +94,9 @@ class HeadTangents {
  private:
   static constexpr int64_t kWidth = kTileVectors * kLanes<T>;
   static constexpr int64_t kMostKeys = kKeysOfBias;
+  static constexpr int64_t kPausesOfTangent = 4;
+
+  static int64_t blocks_of(int64_t queries) { return parts(parts(queries, kLanes<T>), kTileVectors); }
 
   using Operands = std::vector<Operand>;
 
@@ -161,19 +174,21 @@ class HeadTangents {
     }
   }
 
-  template <class Bias>
-  void compute_tangents(int64_t k, Bias& bias) {
+  template <class Bias, class F>
+  void compute_tangents(int64_t k, Bias& bias, F& meanwhile) {
     if (changes_scores_) compute_probabilities_t(k, bias);
     if (!out_t_.empty()) {
       Sum out(out_t_[k].rows(), block_.first);
       if (changes_scores_) add_over_keys(out, probabilities_t_, value_[0], T{1});
       if (!value_t_.empty()) add_over_keys(out, probabilities_, value_t_[k], T{1});
     }
+    meanwhile();
     if (grad_.empty()) return;
     if (changes_scores_grad_) {
       compute_scores_grad_t(k);
       if (wants_bias_grad_t_) bias.add_grad_t(k, block_, scores_grad_t_, keys_);
     }
+    meanwhile();
     if (!query_grad_t_.empty()) {
       Sum out(query_grad_t_[k].rows(), block_.first);
       if (changes_scores_grad_) add_over_keys(out, scores_grad_t_, key_[0], scale_);
@@ -184,11 +199,13 @@ class HeadTangents {
       if (changes_scores_grad_) add_over_queries(out, scores_grad_t_, query_[0], scale_);
       if (!query_t_.empty()) add_over_queries(out, scores_grad_, query_t_[k], scale_);
     }
+    meanwhile();
     if (!value_grad_t_.empty()) {
       Sum out(value_grad_t_[k].rows(), 0, block_.first > 0);
       if (changes_scores_) add_over_queries(out, probabilities_t_, grad_[0], T{1});
       if (!grad_t_.empty()) add_over_queries(out, probabilities_, grad_t_[k], T{1});
     }
+    meanwhile();
   }
 
   template <class Bias>

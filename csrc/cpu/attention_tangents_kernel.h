@@ -63,18 +63,36 @@ class SequenceTangents {
 
   int64_t bytes() const { return bytes_; }
 
-  void operator()(const Head& head, T* bias_sums, int64_t step) {
+  // Meanwhile it prefetches what `next` will read and write.
+  void operator()(const Head& head, const Head& next, T* bias_sums, int64_t step) {
     bias_.select(head.batch, head.head, bias_sums, step);
+    find_next(next);
     const auto select = [&](SequenceRows<S>& rows, bool of_queries) {
       rows.select(head.batch, head.head, 0, of_queries ? problem_.queries : problem_.keys);
     };
-    head_(problem_.queries, problem_.keys, select, bias_);
+    head_(problem_.queries, problem_.keys, select, bias_, [&] {
+      for (Prefetch& rows : next_) rows.advance(false);
+    });
   }
 
  private:
+  // If it has room in the second-level cache beside the head at work.
+  void find_next(const Head& head) {
+    constexpr int64_t kRoom = 448 << 10;
+    const auto rows_of = [&](bool of_queries) { return of_queries ? problem_.queries : problem_.keys; };
+    int64_t rows = 0;
+    head_.for_each_operand([&](SequenceRows<S>&, bool of_queries) { rows += rows_of(of_queries); });
+    next_.clear();
+    if (rows * problem_.dim * static_cast<int64_t>(sizeof(S)) > kRoom) return;
+    head_.for_each_operand([&](SequenceRows<S>& operand, bool of_queries) {
+      next_.push_back(operand.prefetch(head, rows_of(of_queries), head_.pauses(problem_.queries)));
+    });
+  }
+
   const AttentionProblem& problem_;
   HeadTangents<SequenceRows<S>> head_;
   SequenceBias<T> bias_;
+  std::vector<Prefetch> next_;
   int64_t bytes_;
 };
 
@@ -91,7 +109,7 @@ void attention_tangents_of(const AttentionTangents& call) {
     for (int64_t run = begin; run < end; ++run) {
       T* sums = call.bias_grad_t == nullptr ? nullptr : static_cast<T*>(call.bias_grad_t) + run * bias_size;
       for (int64_t k = 0; sums != nullptr && k < call.count; ++k) std::fill_n(sums + k * step, bias_size, T{0});
-      runs.for_each_head(run, [&](const Head& head, const Head&) { differentiate(head, sums, step); });
+      runs.for_each_head(run, [&](const Head& head, const Head& next) { differentiate(head, next, sums, step); });
     }
   });
 }

@@ -83,7 +83,7 @@ class WindowTangents {
     const Tokens queries = walk_.queries(item.row, item.column), keys = walk_.keys(item.row, item.column);
     bias_.select(item.head, queries, keys);
     const auto select = [&](TokenRows<S>& rows, bool of_queries) { rows.select(item, of_queries ? queries : keys); };
-    head_(queries.count(), keys.count(), select, bias_);
+    head_(queries.count(), keys.count(), select, bias_, [] {});
   }
 
  private:

@@ -74,6 +74,39 @@ def test_takes_few_products():
     assert powers.products > 10 * pairs.products
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_a_start_that_knows_the_eigenvectors_takes_fewer_products(block_size):
+    matrix, q = symmetric(hessian_like())
+    known = q[:, :3] + 1e-3 * q[:, 10:13]
+    start = known.sum(1) if block_size == 1 else known
+    plain = top_eigenvalues(matrix, 3, block_size=block_size, tol=1e-6)
+    pairs = top_eigenvalues(matrix, 3, block_size=block_size, tol=1e-6, start=100 * start.float())
+    assert pairs.converged.all()
+    assert pairs.products < plain.products
+    assert_close(pairs.values, plain.values)
+
+
+@pytest.mark.parametrize("columns", [(), (1,), (2,)])
+def test_a_start_that_lacks_eigenvectors_does_not_hide_them(columns):
+    matrix, q = symmetric(hessian_like())
+    start = q[:, 6:8].sum(1) if columns == () else q[:, 6 : 6 + columns[0]]
+    pairs = top_eigenvalues(matrix, 4, tol=1e-8, start=start, block_size=2)
+    assert_close(pairs.values, wanted(hessian_like(), 4, "LM"))
+
+
+@pytest.mark.parametrize("which", ["gradient", "no gradient", "a gradient of zero"])
+def test_starts_from_the_gradient_of_an_operator(which):
+    matrix, q = symmetric(hessian_like())
+    operator = Counting(matrix)
+    if which != "no gradient":
+        gradient = q[:, :4].sum(1) if which == "gradient" else torch.zeros(300, dtype=torch.float64)
+        operator.gradient = lambda: gradient
+    pairs = top_eigenvalues(operator, 4, tol=1e-6)
+    assert_close(pairs.values, wanted(hessian_like(), 4, "LM"), rtol=1e-6, atol=0)
+    plain = top_eigenvalues(matrix, 4, tol=1e-6)
+    assert pairs.products < plain.products if which == "gradient" else pairs.products == plain.products
+
+
 def test_blocks_find_all_of_a_multiple_eigenvalue():
     values = torch.cat((torch.tensor([3.0, 3.0, 3.0, 1.0]), torch.zeros(40)))
     matrix, _ = symmetric(values)
@@ -134,6 +167,21 @@ def test_stops_where_it_is_told_and_says_so():
     assert [step.products for step in seen] == list(range(1, 13))
 
 
+def test_the_gradient_of_a_model_takes_no_more_products():
+    model, inputs, targets = made(vit, side=8, batch=16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    operator = HessianOperator(model, F.cross_entropy, [(inputs, targets)])
+    pairs = top_eigenvalues(operator, 5, tol=1e-3)
+    random = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0), dtype=operator.dtype)
+    plain = top_eigenvalues(operator, 5, tol=1e-3, start=random)
+    assert pairs.products <= plain.products
+    assert_close(pairs.values, plain.values, rtol=1e-4, atol=0)
+
+
 def test_hessians_of_models():
     model, inputs, targets = made(vit, side=8, batch=4)
     expected = torch.linalg.eigvalsh(dense_hessian(model, inputs, targets))
@@ -167,6 +215,8 @@ def test_power_iteration_reports_its_residuals():
         ("tol must be positive; got 0", {"tol": 0}),
         ("block_size must be between 1 and n = 4; got 0", {"block_size": 0}),
         (r"the operator must be square; got \(4, 3\)", {"operator": torch.ones(4, 3)}),
+        (r"start must be \(4,\) or \(4, c\) with c up to block_size = 1; got \(3,\)", {"start": torch.ones(3)}),
+        (r"block_size = 1; got \(4, 2\)", {"start": torch.ones(4, 2)}),
     ],
 )
 def test_bad_arguments(message, arguments):

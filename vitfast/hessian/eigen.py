@@ -79,6 +79,7 @@ def top_eigenvalues(
     which: str = "LM",
     tol: float = 1e-3,
     *,
+    start: Tensor | None = None,
     block_size: int = 1,
     basis_size: int | None = None,
     max_products: int | None = None,
@@ -94,11 +95,16 @@ def top_eigenvalues(
         k: how many eigenvalues.
         which: "LM", the largest in magnitude; "LA", the largest; "SA", the smallest.
         tol: an eigenvalue has converged when its residual is at most ``tol`` times its magnitude.
+        start: (n,) or up to ``block_size`` columns: what eigenvectors are looked for in first, such as those of a model
+            before its last steps. If None, the gradient of an operator that has one, a `HessianOperator`: most of it
+            lies among the eigenvectors of the largest eigenvalues, which spares up to a seventh of the products. Random
+            numbers are added, for an eigenvector that the first block lacks is never found; where there is no start,
+            they are all.
         block_size: vectors of a product. Blocks find eigenvalues of multiplicity up to their size, and products of many
             vectors are cheaper, but more of them are needed.
         basis_size: vectors that are kept, max(4 k, 32) and three blocks at least if None; so much memory is needed.
         max_products: stop there; 10 n if None, but at least 1000.
-        seed: of the first block.
+        seed: of the random numbers.
         state: is kept up to date, and gone on from if it is not empty.
         callback: called after every step with the present Ritz pairs, without their vectors.
 
@@ -106,7 +112,8 @@ def top_eigenvalues(
         The eigenpairs, converged or not.
 
     Raises:
-        ValueError: an option is out of range, the operator is not square, or the state is another operator's.
+        ValueError: an option is out of range, the operator is not square, ``start`` does not fit, or the state is
+            another operator's.
 
     >>> matrix = torch.diag(torch.tensor([1.0, -4.0, 2.0, 3.0]))
     >>> top_eigenvalues(matrix, 2).values
@@ -124,9 +131,9 @@ def top_eigenvalues(
     state = LanczosState() if state is None else state
     generator = torch.Generator().manual_seed(seed)
     if state.basis is None:
-        start = _random(operator, size, block_size, generator)
-        state.basis, state.projected = start[:, :0], start.new_zeros(0, 0, dtype=torch.float64)
-        state.block, state.factor = torch.linalg.qr(start)[0], start.new_zeros(block_size, 0, dtype=torch.float64)
+        first = _first_block(operator, size, block_size, start, generator)
+        state.basis, state.projected = first[:, :0], first.new_zeros(0, 0, dtype=torch.float64)
+        state.block, state.factor = torch.linalg.qr(first)[0], first.new_zeros(block_size, 0, dtype=torch.float64)
     elif state.basis.shape[0] != size:
         raise ValueError(f"the state is that of an operator of {state.basis.shape[0]} rows; this one has {size}")
     while True:
@@ -140,6 +147,25 @@ def top_eigenvalues(
             _restart(state, k, which, basis_size)
         _step(operator, state, generator)
     return _ritz_pairs(state, k, which, tol, vectors=True)
+
+
+def _first_block(operator, size: int, width: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
+    """(n, width): columns of ``start``, each with random numbers of a tenth of its squared norm; then random ones."""
+    block = _random(operator, size, width, generator)
+    if start is None and hasattr(operator, "gradient"):
+        start = operator.gradient()
+    if start is None:
+        return block
+    columns = start[:, None] if start.dim() == 1 else start
+    if columns.dim() != 2 or columns.shape[0] != size or columns.shape[1] > width:
+        raise ValueError(
+            f"start must be ({size},) or ({size}, c) with c up to block_size = {width}; got {tuple(start.shape)}"
+        )
+    columns = columns.to(block.device, block.dtype)
+    norms = torch.linalg.vector_norm(columns, dim=0)
+    given, random = columns / norms, block[:, : columns.shape[1]]
+    mixed = given + 0.1**0.5 * random / torch.linalg.vector_norm(random, dim=0)
+    return torch.cat((torch.where(norms > 0, mixed, random), block[:, columns.shape[1] :]), 1)
 
 
 def _step(operator, state: LanczosState, generator: torch.Generator) -> None:
