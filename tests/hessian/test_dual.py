@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
@@ -13,10 +14,10 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from vitfast.hessian import HessianOperator, hvp
+from vitfast.hessian import HessianOperator, dual, hvp
 from vitfast.hessian import memory as hessian_memory
-from vitfast.hessian.deferred import Deferred
-from vitfast.hessian.dual import Unsupported, gradient_tangents
+from vitfast.hessian.deferred import Deferred, version_of
+from vitfast.hessian.dual import Dual, Unsupported, gradient_tangents
 from vitfast.hessian.recording import Recording
 
 
@@ -772,3 +773,69 @@ def test_what_is_changed_before_it_is_read_is_noticed():
     x, matrix, vectors = torch.randn(3, 4).double(), torch.randn(4, 4).double(), torch.randn(2, 3, 4).double()
     with pytest.raises(RuntimeError, match="yet to read was changed in place"):
         gradient_tangents(lambda x: ForgettingItsMatrix.apply(x.sin(), matrix).square().sum(), x, vectors)
+
+
+# ---- values that are computed again ---------------------------------------------------------------------------------
+
+
+class Repeated(nn.Module):
+    """Activations whose results are used as they are, as views, twice, and changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.gelu(self.first(x))
+        rows = F.gelu(self.second(x)).view(2, -1, 8).transpose(0, 1)
+        changed = F.gelu(x * x)
+        changed *= x
+        changed = changed + F.gelu(changed)
+        return self.last(rows.flatten(0, 1) * x + changed.sin())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_activations_that_are_computed_again(dtype):
+    torch.manual_seed(0)
+    model, x, y = Repeated().to(dtype), torch.randn(4, 5, dtype=dtype), torch.randint(3, (4,))
+    loss, params = loss_of(model, x, y)
+    vectors = directions(params, 3)
+    exact, exact_params = loss_of(Repeated().double(), x.double(), y)[0], {n: p.double() for n, p in params.items()}
+    expected = by_transforms(exact, exact_params, {n: v.double() for n, v in vectors.items()})
+    result = gradient_tangents(loss, params, vectors)
+    for name, product in result.items():
+        limit = {torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype] * expected[name].abs().max()
+        assert (product.double() - expected[name]).abs().max() <= limit
+        assert product.dtype == dtype
+
+
+def test_activations_are_not_kept(monkeypatch):
+    """Of two tensors with tangents in each layer, the one that is not an activation is there when the loss is."""
+    layers = nn.Sequential(*(module for _ in range(6) for module in (nn.Linear(16, 16), nn.GELU())))
+    params = {n: p.detach() for n, p in layers.named_parameters()}
+    alive = []
+
+    def fn(p):
+        x = functional_call(layers, p, (torch.randn(1000, 16),)).square().mean()
+        gc.collect()
+        large = [t.pair for t in gc.get_objects() if type(t) is Dual and t.shape == (1000, 16)]
+        alive.append(len({id(pair.tangents) for pair in large}))
+        return x
+
+    vectors = directions(params, 2)
+    gradient_tangents(fn, params, vectors)
+    monkeypatch.setattr(dual, "_kept", lambda tensor: (tensor, version_of(tensor)))
+    monkeypatch.setattr(dual, "_given_back", lambda kept: kept[0])
+    gradient_tangents(fn, params, vectors)
+    assert alive[0] <= alive[1] - 5
+
+
+def test_a_constant_that_is_changed_after_its_use_is_noticed():
+    def fn(x):
+        constant = torch.full((3,), 2.0)
+        y = (x.sin() * constant).sum()
+        constant.zero_()
+        return y * y
+
+    with pytest.raises(RuntimeError, match=r"a tensor of shape \(3,\) that a derivative needs was changed in place"):
+        gradient_tangents(fn, torch.ones(3), torch.eye(3))

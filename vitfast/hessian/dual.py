@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import jvp
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from vitfast.hessian.deferred import forgotten, value_of
+from vitfast.hessian.deferred import forgotten, value_of, version_of
 from vitfast.hessian.recording import Pair, Recording, leaves_of, mapped, parts
 
 __all__ = ["Dual", "Rule", "Unsupported", "gradient_tangents"]
@@ -45,6 +47,7 @@ class Dual(Tensor):
     Attributes:
         pair: the values and their tangents.
         is_shared: whether a view of the same memory exists, so that a change in place would have to be seen elsewhere.
+        origin: what it can be computed from again at little cost, None if there is no such thing.
         recording: of the run that it is part of, None if there is none.
         place: what stands for it there.
     """
@@ -56,6 +59,7 @@ class Dual(Tensor):
             cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device
         )
         self.pair, self.is_shared, self.recording, self.place = pair, False, recording, place
+        self.origin: Origin | None = None
         return self
 
     @property
@@ -128,6 +132,9 @@ DEFERRED: dict[Any, Callable] = {}
 """Operations -> what defers some of their primal results in a backward pass, for these may be gradients of parameters,
 which nobody reads. Its arguments may be deferred themselves."""
 
+REPEATED: set[Any] = set()
+"""Operations of one result that cost little, and whose arguments autograd keeps: it need not keep the result, too."""
+
 STATISTICS: set[Any] = set()
 """Operations some of whose results have no tangents, and need none."""
 
@@ -143,6 +150,7 @@ class _Known:
     """What is known of an operation: all of the above, its schema, and what computes its primal results."""
 
     is_constant: bool
+    is_repeated: bool
     is_mutable: bool
     returns_views: bool
     takes_lists: bool  # of tensors
@@ -158,7 +166,7 @@ def _known(operation) -> _Known:
     returns_views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     takes_lists = any("Tensor" in str(a.type) and "List" in str(a.type) for a in schema.arguments)
     return _Known(
-        *(operation in CONSTANTS, schema.is_mutable, returns_views, takes_lists),
+        *(operation in CONSTANTS, operation in REPEATED, schema.is_mutable, returns_views, takes_lists),
         *(COMPOSITES.get(operation), RULES.get(operation), PRIMALS.get(operation, operation), DEFERRED.get(operation)),
     )
 
@@ -187,8 +195,7 @@ def _with_tangents(operation, known: _Known, args: tuple, kwargs: dict) -> Any:
     def dual(x: Any) -> Any:
         if not isinstance(x, Pair):
             return value_of(x)
-        if x.tangents.dtype != x.dtype:
-            x = Pair(x.held, x.tangents.to(x.dtype))
+        x = _of_one_dtype(x)
         if recording is None:
             return Dual(x)
         places.append(Pair(x.held, None))
@@ -198,7 +205,57 @@ def _with_tangents(operation, known: _Known, args: tuple, kwargs: dict) -> Any:
     if recording is not None:
         args, kwargs = each(_place, args), {name: mapped(_place, value) for name, value in kwargs.items()}
         recording.add(function, (*first, *args), kwargs, places)
+    elif function is not by_transforms and known.is_repeated:
+        results.origin = Origin(operation, pairs, options)
+    elif function is not by_transforms and _is_view_of_what_is_repeated(known, results, args):
+        results.origin = Origin(operation, [args[0].origin, *pairs[1:]], options)
     return results
+
+
+def _is_view_of_what_is_repeated(known: _Known, results: Any, args: Sequence) -> bool:
+    return known.returns_views and isinstance(results, Dual) and args[0].origin is not None
+
+
+def _of_one_dtype(x: Pair) -> Pair:
+    return x if x.tangents.dtype == x.dtype else Pair(x.held, x.tangents.to(x.dtype))
+
+
+class Origin:
+    """What a value with tangents can be computed from again: an operation that has a rule, and its arguments.
+
+    The first argument may be another origin, of which the operation is a view.
+    """
+
+    __slots__ = ("_args", "_operation", "_options")
+
+    def __init__(self, operation, args: Sequence[Any], options: dict):
+        self._operation, self._args, self._options = operation, args, options
+
+    def again(self) -> Pair:
+        """The value."""
+        known, args = _known(self._operation), [x.again() if isinstance(x, Origin) else x for x in self._args]
+        with torch.no_grad():
+            result = known.primal(*(parts(x)[0] for x in args), **self._options)
+            again = known.rule.function(self._operation, result, *args, **self._options)
+        return _of_one_dtype(again)
+
+
+def _kept(tensor: Tensor) -> Any:
+    """What autograd keeps of a tensor. It then does not watch over constants: their versions are kept as well."""
+    if not isinstance(tensor, Dual):
+        return tensor, version_of(tensor)
+    return tensor if tensor.origin is None else tensor.origin
+
+
+def _given_back(kept: Any) -> Tensor:
+    if isinstance(kept, Origin):
+        return Dual(kept.again())
+    if isinstance(kept, Dual):
+        return kept
+    tensor, version = kept
+    if version_of(tensor) != version:
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that a derivative needs was changed in place")
+    return tensor
 
 
 def _pair(x: Any) -> Any:
@@ -242,7 +299,7 @@ def _take_over(x: Any, result: Dual, operation) -> Dual:
     alike = result.shape == x.shape and result.dtype == x.dtype and result.stride() == x.stride()
     if not isinstance(result, Dual) or not alike:
         raise Unsupported(f"{operation} changes a tensor in place to another layout")
-    x.pair, x.place = result.pair, result.place
+    x.pair, x.place, x.origin = result.pair, result.place, result.origin
     return x
 
 
@@ -347,7 +404,9 @@ def _gradient(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording:
             place = None if recording is None else recording.input(primal)
             duals.append(Dual(Pair(primal, leaf_t.to(primal.dtype)), recording, place).requires_grad_())
             duals[-1].register_hook(_without_primal)
-        value = fn(tree_unflatten(duals, tree))
+        # A recording keeps all values for later.
+        with nullcontext() if recording is not None else saved_tensors_hooks(_kept, _given_back):
+            value = fn(tree_unflatten(duals, tree))
         if not value.requires_grad:
             return [None] * len(duals)
         return torch.autograd.grad(value, duals, allow_unused=True)

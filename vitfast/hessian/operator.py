@@ -154,11 +154,16 @@ class HessianOperator:
         return total.add_(rows, alpha=self.weight_decay) if self.weight_decay else total
 
     def _rows_of_batch(self, rows: Tensor, chunk: int, index: int, inputs, targets) -> Tensor:
-        products, parts = self._products_of(index, inputs, targets), []
-        for some in rows.split(chunk):
+        products, result = self._products_of(index, inputs, targets), None
+        for first in range(0, len(rows), chunk):
             with self._fixed(index):
-                parts.append(batched(products, self.layout, some, chunk))
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+                part = batched(products, self.layout, rows[first : first + chunk], chunk)
+            if len(part) == len(rows):
+                return part
+            if result is None:
+                result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            result[first : first + chunk] = part
+        return result
 
     def _products_of(self, index: int, inputs, targets) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """For a batch: directions -> their products, both by parameter and with K in front."""

@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast.hessian.deferred import Deferred, value_of
-from vitfast.hessian.dual import COMPOSITES, CONSTANTS, DEFERRED, PRIMALS, RULES, STATISTICS, Rule, Unsupported
+from vitfast.hessian.dual import (
+    COMPOSITES,
+    CONSTANTS,
+    DEFERRED,
+    PRIMALS,
+    REPEATED,
+    RULES,
+    STATISTICS,
+    Rule,
+    Unsupported,
+)
 from vitfast.hessian.recording import Pair, pair, parts
 from vitfast.ops import _extension, attention, convolution, window_attention
 from vitfast.ops._tangents import compute
@@ -211,6 +221,8 @@ STATISTICS.update(
         aten.native_batch_norm_backward.default,  # gradients of a weight and a bias that there may not be
     }
 )
+
+REPEATED.add(aten.gelu.default)
 
 CONSTANTS.update(
     {
