@@ -9,6 +9,9 @@ within a number of steps. Residuals are measured afterwards, in float64 sums, wi
 Gradients: seconds of one product with and without kept values, of models with random weights, as multiples of a
 gradient in plain PyTorch that is measured in the same rounds.
 
+Memory: the most that one and eight products take beyond vectors and results, the model's graph included: of ours all at
+once and one by one, of PyHessian's way, a graph with double backward, and of curvlinops.
+
 Growth: seconds of a product while the number of vectors, tokens, layers or batches doubles, beside what theory says,
 the growth of the counted operations.
 
@@ -18,6 +21,7 @@ Machine and versions go into the JSON beside every figure. Nothing else should r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -35,6 +39,7 @@ from vitfast import hessian, train
 from vitfast.bench.case import OURS, Run, Workload
 from vitfast.bench.environment import machine, versions
 from vitfast.bench.hessian import MODELS, PLAIN, make_workload
+from vitfast.bench.memory import extra_bytes
 from vitfast.bench.timing import CpuTimer, interleave
 
 TOP, TOLERANCE = 5, 1e-3
@@ -172,6 +177,29 @@ def gradients() -> list[dict]:
     return records
 
 
+def memory() -> list[dict]:
+    """One record for each model and number of products: bytes."""
+    records, cpu = [], torch.device("cpu")
+    for (name, options), products in itertools.product(MODELS.items(), (1, 8)):
+        make = partial(make_workload, options, products, keep=False, device=cpu, dtype=torch.float32)
+        together, one_by_one = make(), make(chunk=1)
+        runs = {
+            "vitfast, one by one": _run_of(one_by_one, OURS),
+            "vitfast, all at once": _run_of(together, OURS),
+            "graph": _run_of(together, "double_backward"),
+            "curvlinops": _run_of(together, "curvlinops"),
+        }
+        taken = {}
+        for way, run in runs.items():
+            run()  # operators are made in the first call
+            taken[way] = extra_bytes(run, cpu)
+        share = taken["vitfast, one by one"] / min(taken["graph"], taken["curvlinops"])
+        records.append({"model": name, "products": products, "bytes": taken, "share_of_the_least_of_peers": share})
+        megabytes = ", ".join(f"{way} {size / 1e6:.0f} MB" for way, size in taken.items())
+        print(f"{name}, {products} products: {megabytes}; {share:.0%} of the least of peers", flush=True)
+    return records
+
+
 def _run_of(workload: Workload, name: str) -> Run:
     return next(variant.run for variant in workload.variants if variant.name == name)
 
@@ -221,11 +249,11 @@ def _seconds_of_product(vectors: int, patch_size: int, depth: int, batches: int,
 def main() -> None:
     """Runs what is asked for and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("solvers", "gradients", "growth"))
+    parser.add_argument("--only", choices=("solvers", "gradients", "memory", "growth"))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "cpu_hessian_study.json")
     arguments = parser.parse_args()
     results: dict = {"machine": machine(torch.device("cpu")), "versions": versions()}
-    for name, run in (("solvers", solvers), ("gradients", gradients), ("growth", growth)):
+    for name, run in (("solvers", solvers), ("gradients", gradients), ("memory", memory), ("growth", growth)):
         if arguments.only in (None, name):
             results[name] = run()
     arguments.json.write_text(json.dumps(results, indent=1) + "\n")

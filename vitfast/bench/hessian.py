@@ -72,8 +72,11 @@ class _Problem:
         return _Problem(model, self.images.to(dtype), self.labels, self.vectors.to(dtype))
 
 
-def make_workload(options: dict, products: int, keep: bool, device: torch.device, dtype: torch.dtype) -> Workload:
-    """The gradient, or so many products at once, of a model with random weights in evaluation mode."""
+def make_workload(
+    options: dict, products: int, keep: bool, device: torch.device, dtype: torch.dtype, chunk: int | None = None
+) -> Workload:
+    """The gradient, or so many products, of a model with random weights in evaluation mode; ours ``chunk`` at a time,
+    or all at once."""
     torch.manual_seed(0)
     model = create_model(num_classes=_CLASSES, **options).to(device, dtype).eval()
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -87,7 +90,7 @@ def make_workload(options: dict, products: int, keep: bool, device: torch.device
     if products == 0:
         runs = {OURS: _gradient(problem), PLAIN: _in_plain_pytorch(_gradient(problem))}
     else:
-        runs = {OURS: _ours(problem, keep), PLAIN: _kept_graph(problem)}
+        runs = {OURS: _ours(problem, keep, chunk or products), PLAIN: _kept_graph(problem)}
         if not keep:
             runs["double_backward"] = _in_plain_pytorch(_double_backward(problem))
             runs["func"] = _in_plain_pytorch(_transforms(problem))
@@ -112,13 +115,13 @@ def _gradient(problem: _Problem) -> Run:
     return run
 
 
-def _ours(problem: _Problem, keep: bool) -> Run:
+def _ours(problem: _Problem, keep: bool, chunk: int) -> Run:
     """The operator is made once, as peers' graphs and operators are."""
 
     def run():
         if not made:
-            data, count = [(problem.images, problem.labels)], problem.vectors.shape[1]
-            made.append(HessianOperator(problem.model, F.cross_entropy, data, chunk=count, keep_primals=keep))
+            data = [(problem.images, problem.labels)]
+            made.append(HessianOperator(problem.model, F.cross_entropy, data, chunk=chunk, keep_primals=keep))
         return (made[0] @ problem.vectors,)
 
     made: list[HessianOperator] = []

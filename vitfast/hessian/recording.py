@@ -55,6 +55,10 @@ class Pair:
         """Of the primal."""
         return self._primal.dim()
 
+    def take(self, tangents: Tensor) -> None:
+        """Has these tangents, in the dtype of the primal."""
+        self.tangents = tangents if tangents.dtype == self.dtype else tangents.to(self.dtype)
+
 
 def pair(primal: Tensor | Deferred, tangents: Tensor | None) -> Pair | Tensor | Deferred:
     """A tensor with these tangents; a plain one if there are none."""
@@ -174,11 +178,14 @@ class Recording:
         """The tangents of the results for other tangents of the inputs."""
         try:
             for place, given in zip(self._inputs, tangents, strict=True):
-                place.tangents = given.to(place.dtype)
+                place.take(given)
             for step in self._steps:
                 results = step.function(*step.args, **step.options)
-                for place, result in zip(step.results, pairs_in(results), strict=True):
-                    place.tangents = result.tangents.to(place.dtype)
+                if type(results) is Pair:  # the usual case
+                    step.results[0].take(results.tangents)
+                else:
+                    for place, result in zip(step.results, pairs_in(results), strict=True):
+                        place.take(result.tangents)
                 for place in step.done:
                     place.tangents = None
             return [None if place is None else place.tangents for place in self._results]
