@@ -59,7 +59,9 @@ class HeadTangents {
         scores_grad_(grad_.empty() ? 0 : most_keys, kWidth, arena),
         scores_grad_t_(grad_.empty() ? 0 : most_keys, kWidth, arena) {}
 
-  int64_t pauses(int64_t queries) const { return blocks_of(queries) * (1 + kPausesOfTangent * count_); }
+  int64_t pauses(int64_t queries) const {
+    return blocks_of(queries) * (1 + (grad_.empty() ? 1 : kPausesOfTangent) * count_);
+  }
 
   // Calls f(operand, of_queries) for all that are read or written.
   template <class F>
@@ -94,7 +96,7 @@ class HeadTangents {
  private:
   static constexpr int64_t kWidth = kTileVectors * kLanes<T>;
   static constexpr int64_t kMostKeys = kKeysOfBias;
-  static constexpr int64_t kPausesOfTangent = 4;
+  static constexpr int64_t kPausesOfTangent = 4;  // if there is a gradient
 
   static int64_t blocks_of(int64_t queries) { return parts(parts(queries, kLanes<T>), kTileVectors); }
 

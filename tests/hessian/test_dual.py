@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -728,7 +729,15 @@ def test_gradients_that_are_needed_are_computed(read, layout, dtype):
     """Weights that are functions of parameters, or used twice."""
     torch.manual_seed(0)
     x = torch.randn(4, 16, 6, 6, dtype=dtype).contiguous(memory_format=layout)
-    shapes = {"a": (16, 5), "b": (5, 16), "bias": (16,), "k": (16, 16, 3, 3), "g": (16, 8, 1, 1), "s": (16, 16, 3, 3)}
+    shapes = {
+        "a": (16, 5),
+        "b": (5, 16),
+        "bias": (16,),
+        "k": (16, 16, 3, 3),
+        "g": (16, 8, 1, 1),
+        "s": (16, 16, 3, 3),
+        "w": (16, 16),
+    }
     params = {name: torch.randn(shape, dtype=dtype) / 4 for name, shape in shapes.items()}
 
     def fn(p):
@@ -736,7 +745,8 @@ def test_gradients_that_are_needed_are_computed(read, layout, dtype):
         maps = F.conv2d(x, p["k"] * 0.5, bias, padding=1).tanh() + F.conv2d(x, p["g"].sin(), groups=2)
         maps = F.conv2d(maps, p["s"].tanh(), bias, stride=2)
         rows = F.linear(maps.movedim(1, -1), weight, bias).sin()
-        return F.linear(rows, weight.t(), bias).square().mean() + F.linear(rows, p["b"]).mean()
+        turned = p["w"].t().view(4, 4, 16).view(16, 16)
+        return F.linear(rows, weight.t(), bias).square().mean() + F.linear(rows @ turned, p["b"]).mean()
 
     vectors = directions(params, 2)
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
@@ -839,3 +849,97 @@ def test_a_constant_that_is_changed_after_its_use_is_noticed():
 
     with pytest.raises(RuntimeError, match=r"a tensor of shape \(3,\) that a derivative needs was changed in place"):
         gradient_tangents(fn, torch.ones(3), torch.eye(3))
+
+
+# ---- what autograd keeps in a product -------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """A frozen layer, a branch that nothing depends on, and a layer to differentiate; tanh keeps its own result."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.frozen, self.layer, self.fails, self.seen = nn.Linear(4, 8), nn.Linear(8, 3), fails, []
+
+    def forward(self, x):
+        branches = [self.frozen(x).tanh(), self.layer(torch.ones(2, 8).to(x)).tanh()]
+        self.seen += [weakref.ref(branch) for branch in branches]
+        if self.fails:
+            raise torch.OutOfMemoryError("no memory")
+        return self.layer(branches[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_not_run_backward_is_freed(fails):
+    model = Branches(fails)
+    params = {n: p.detach() for n, p in model.layer.named_parameters(prefix="layer")}
+    vectors = directions(params, 2)
+
+    def fn(p):
+        return functional_call(model, p, (torch.randn(5, 4),)).square().mean()
+
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        gradient_tangents(fn, params, vectors)
+    gc.collect()
+    assert model.seen
+    assert not [alive for alive in model.seen if alive() is not None]
+
+
+def added_to(x):
+    a = x.sin()
+    b = a * a
+    a += 1
+    return (a * b).sum()
+
+
+def doubled(x):
+    y = x.tanh()
+    y *= 2
+    return (y * x).sum()
+
+
+def cleared(x):
+    y = x + 1
+    y.zero_()
+    return (x**3).sum() + y.sum()
+
+
+@pytest.mark.parametrize("fn", [added_to, doubled, cleared])
+def test_values_that_are_changed_after_they_were_kept(fn):
+    """PyTorch refuses the first two; their derivatives are those of what was computed all the same."""
+    x, vectors = torch.linspace(-1, 2, 4).double(), torch.eye(4).double()
+    expected = {
+        added_to: torch.diag(torch.func.vmap(grad(grad(lambda x: x.sin() ** 3 + x.sin() ** 2)))(x)),
+        doubled: torch.diag(torch.func.vmap(grad(grad(lambda x: 2 * x.tanh() * x)))(x)),
+        cleared: torch.diag(6 * x),
+    }[fn]
+    assert_close(gradient_tangents(fn, x, vectors), expected)
+    assert_close(vectors, torch.eye(4).double())
+
+
+def penalised(x):
+    (slope,) = torch.autograd.grad(x.sin().square().sum(), x, create_graph=True)
+    return (x.tanh() * slope).sum()
+
+
+def stepped(x):
+    inner = x * 1
+    (slope,) = torch.autograd.grad(F.gelu(inner @ inner.t()).sum(), inner, create_graph=True)
+    return (x - 0.1 * slope).sin().sum()
+
+
+def hooked(x):
+    seen = []
+    x.register_hook(lambda g: seen.append(g.sum().item()))
+    return (x @ x.t()).sin().sum()
+
+
+def transformed(x):
+    return (torch.func.grad(lambda y: y.sin().sum())(torch.ones(3).double()) * x).square().sum()
+
+
+@pytest.mark.parametrize("fn", [penalised, stepped, hooked, transformed])
+def test_functions_that_differentiate_themselves(fn):
+    x, vectors = torch.linspace(-1, 2, 6).double().view(2, 3), torch.eye(6).double().view(6, 2, 3)
+    expected = torch.autograd.functional.hessian(fn, x).view(6, 2, 3)
+    assert_close(gradient_tangents(fn, x, vectors), expected)

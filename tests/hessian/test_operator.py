@@ -314,3 +314,17 @@ def test_the_size_of_a_chunk_costs_one_call_of_the_model():
     assert len(calls) == made + 2
     operator @ vectors
     assert len(calls) == made + 3
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_no_vectors_have_no_products(chunk):
+    model, _, _, batches = ragged()
+    operator = HessianOperator(model, F.cross_entropy, batches, chunk=chunk)
+    assert (operator @ torch.zeros(operator.shape[0], 0, dtype=operator.dtype)).shape == (operator.shape[0], 0)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunks_have_vectors(chunk):
+    model, _, _, batches = ragged()
+    with pytest.raises(ValueError, match=f"chunk must be at least 1, or None; got {chunk}"):
+        HessianOperator(model, F.cross_entropy, batches, chunk=chunk)

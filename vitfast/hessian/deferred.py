@@ -1,7 +1,8 @@
 """Primal results that are computed when somebody reads them.
 
-A gradient with tangents is run for its tangents. The primal gradients of a model's parameters, a third of the products
-of the gradient itself, come with them, and nobody reads them: they stay undone.
+A gradient with tangents is run for its tangents. The primal gradients of a model's parameters come with them, a third
+of the products of the gradient itself. Those of weights and biases that are parameters themselves nobody reads: they
+stay undone.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Deferred:
         """How many dimensions the result has."""
         return len(self.shape)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it is known to be."""
+        return self._strides is None
+
     def stride(self) -> Sequence[int]:
         """Of the result."""
         return torch.empty(self.shape, device="meta").stride() if self._strides is None else self._strides
@@ -57,7 +63,7 @@ class Deferred:
             if _versions(self._args) != self._versions:
                 raise RuntimeError("a tensor that the backward pass has yet to read was changed in place")
             self.value = self._function(*map(value_of, self._args))
-            self._args = ()
+            self._function, self._args, self._versions = _refuse, (), []  # with what they hold
         return self.value
 
 
@@ -71,7 +77,7 @@ def forgotten(like: Tensor | Deferred) -> Deferred:
     return Deferred(_refuse, (torch.empty((), dtype=like.dtype, device=like.device),), like.shape, like.stride())
 
 
-def _refuse(_) -> Tensor:
+def _refuse(*args) -> Tensor:
     raise RuntimeError("the primal gradient of a parameter is not kept")
 
 

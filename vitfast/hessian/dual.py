@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from vitfast.hessian.deferred import forgotten, value_of, version_of
 from vitfast.hessian.recording import Pair, Recording, leaves_of, mapped, parts
 
-__all__ = ["Dual", "Rule", "Unsupported", "gradient_tangents"]
+__all__ = ["Dual", "Rule", "Unsupported", "generator_state", "gradient_tangents", "set_generator_state"]
 
 
 class Unsupported(Exception):
@@ -240,18 +239,22 @@ class Origin:
         return _of_one_dtype(again)
 
 
+# What autograd keeps must not refer to the tensor that it is kept for: nothing would free the two. Nor does autograd
+# watch over what is kept in another form: pairs are never changed, and of constants the versions are kept.
+
+
 def _kept(tensor: Tensor) -> Any:
-    """What autograd keeps of a tensor. It then does not watch over constants: their versions are kept as well."""
+    """What autograd keeps of a tensor."""
     if not isinstance(tensor, Dual):
-        return tensor, version_of(tensor)
-    return tensor if tensor.origin is None else tensor.origin
+        return tensor.detach(), version_of(tensor)
+    return tensor.pair if tensor.origin is None else tensor.origin
 
 
 def _given_back(kept: Any) -> Tensor:
     if isinstance(kept, Origin):
         return Dual(kept.again())
-    if isinstance(kept, Dual):
-        return kept
+    if isinstance(kept, Pair):
+        return Dual(kept)
     tensor, version = kept
     if version_of(tensor) != version:
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that a derivative needs was changed in place")
@@ -403,13 +406,37 @@ def _gradient(fn, leaves: list[Tensor], tree, tangents: list[Tensor], recording:
             primal = leaf.detach()
             place = None if recording is None else recording.input(primal)
             duals.append(Dual(Pair(primal, leaf_t.to(primal.dtype)), recording, place).requires_grad_())
-            duals[-1].register_hook(_without_primal)
-        # A recording keeps all values for later.
-        with nullcontext() if recording is not None else saved_tensors_hooks(_kept, _given_back):
-            value = fn(tree_unflatten(duals, tree))
+        value = _value(fn, duals, tree)
         if not value.requires_grad:
             return [None] * len(duals)
+        for dual in duals:  # now: fn itself may ask for gradients
+            dual.register_hook(_without_primal)
         return torch.autograd.grad(value, duals, allow_unused=True)
+
+
+def _value(fn, duals: list[Dual], tree) -> Tensor:
+    """fn of the parameters, of which autograd keeps what costs most to compute."""
+    if duals[0].recording is not None:  # which keeps all values for later
+        return fn(tree_unflatten(duals, tree))
+    generator = generator_state(duals[0].device)
+    try:
+        with saved_tensors_hooks(_kept, _given_back):
+            return fn(tree_unflatten(duals, tree))
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # transforms of torch.func, for one, do not go with them
+            raise
+    set_generator_state(duals[0].device, generator)
+    return fn(tree_unflatten(duals, tree))
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """That of the default generator of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_generator_state(device: torch.device, state: Tensor) -> None:
+    """Has its random numbers come again."""
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def _without_primal(gradient: Tensor) -> Tensor:

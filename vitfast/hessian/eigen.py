@@ -95,11 +95,12 @@ def top_eigenvalues(
         k: how many eigenvalues.
         which: "LM", the largest in magnitude; "LA", the largest; "SA", the smallest.
         tol: an eigenvalue has converged when its residual is at most ``tol`` times its magnitude.
-        start: (n,) or up to ``block_size`` columns: what eigenvectors are looked for in first, such as those of a model
-            before its last steps. If None, the gradient of an operator that has one, a `HessianOperator`: most of it
-            lies among the eigenvectors of the largest eigenvalues, which spares up to a seventh of the products. Random
-            numbers are added, for an eigenvector that the first block lacks is never found; where there is no start,
-            they are all.
+        start: (n,) or up to ``block_size`` columns: what eigenvectors are looked for in first, to which random numbers
+            are added; random numbers alone if None. Most of a loss's gradient lies among the eigenvectors of the
+            largest eigenvalues: ``start=operator.gradient()`` spares up to a seventh of the products. But an
+            eigenvector that ``start`` hardly has may be missed where others have converged before it comes up, the
+            sooner the larger ``tol`` and the smaller ``k``: random numbers favour none. Of no effect if ``state`` is
+            not empty.
         block_size: vectors of a product. Blocks find eigenvalues of multiplicity up to their size, and products of many
             vectors are cheaper, but more of them are needed.
         basis_size: vectors that are kept, max(4 k, 32) and three blocks at least if None; so much memory is needed.
@@ -112,8 +113,8 @@ def top_eigenvalues(
         The eigenpairs, converged or not.
 
     Raises:
-        ValueError: an option is out of range, the operator is not square, ``start`` does not fit, or the state is
-            another operator's.
+        ValueError: an option is out of range, the operator is not square, ``start`` does not fit or is not finite, or
+            the state is another operator's.
 
     >>> matrix = torch.diag(torch.tensor([1.0, -4.0, 2.0, 3.0]))
     >>> top_eigenvalues(matrix, 2).values
@@ -122,6 +123,8 @@ def top_eigenvalues(
     size = _check(operator, k, which, tol)
     if not 1 <= block_size <= size:
         raise ValueError(f"block_size must be between 1 and n = {size}; got {block_size}")
+    if start is not None:
+        _check_start(start, size, block_size)
     smallest = min(size, k + 3 * block_size)
     # A residual says that a pair is one of the operator's, not that none was missed. A Krylov space of twice as many
     # dimensions as pairs has met them all, but for starts that lack one.
@@ -152,20 +155,21 @@ def top_eigenvalues(
 def _first_block(operator, size: int, width: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
     """(n, width): columns of ``start``, each with random numbers of a tenth of its squared norm; then random ones."""
     block = _random(operator, size, width, generator)
-    if start is None and hasattr(operator, "gradient"):
-        start = operator.gradient()
     if start is None:
         return block
-    columns = start[:, None] if start.dim() == 1 else start
-    if columns.dim() != 2 or columns.shape[0] != size or columns.shape[1] > width:
-        raise ValueError(
-            f"start must be ({size},) or ({size}, c) with c up to block_size = {width}; got {tuple(start.shape)}"
-        )
-    columns = columns.to(block.device, block.dtype)
+    columns = (start[:, None] if start.dim() == 1 else start).detach().to(block.device, block.dtype)
     norms = torch.linalg.vector_norm(columns, dim=0)
     given, random = columns / norms, block[:, : columns.shape[1]]
     mixed = given + 0.1**0.5 * random / torch.linalg.vector_norm(random, dim=0)
     return torch.cat((torch.where(norms > 0, mixed, random), block[:, columns.shape[1] :]), 1)
+
+
+def _check_start(start: Tensor, size: int, width: int) -> None:
+    shape = tuple(start.shape)
+    if shape != (size,) and (len(shape) != 2 or shape[0] != size or shape[1] > width):
+        raise ValueError(f"start must be ({size},) or ({size}, c) with c up to block_size = {width}; got {shape}")
+    if not torch.isfinite(start).all():
+        raise ValueError("start must be finite; it holds NaN or infinity")
 
 
 def _step(operator, state: LanczosState, generator: torch.Generator) -> None:

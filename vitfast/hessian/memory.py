@@ -40,7 +40,7 @@ def bytes_of_vector(fn: Callable[[Any], Tensor], params: Any) -> int:
     def pack(tensor: Tensor) -> Tensor:
         nonlocal kept
         kept += tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep what keeps it
 
     with torch.enable_grad():
         leaves = tree_map(lambda p: p.detach().requires_grad_(), params)

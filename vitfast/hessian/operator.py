@@ -90,6 +90,8 @@ class HessianOperator:
             raise ValueError(f"dropout must be one of {', '.join(DROPOUTS)}; got {dropout!r}")
         if keep_primals and curvature != "hessian":
             raise ValueError(f"keep_primals is for curvature='hessian'; got {curvature!r}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, or None; got {chunk}")
         self.model, self.loss_fn, self.weight_decay = model, loss_fn, float(weight_decay)
         self.curvature, self.seed, self.progress = curvature, seed, progress
         self._names = _chosen(model, params)
@@ -155,13 +157,13 @@ class HessianOperator:
 
     def _rows_of_batch(self, rows: Tensor, chunk: int, index: int, inputs, targets) -> Tensor:
         products, result = self._products_of(index, inputs, targets), None
-        for first in range(0, len(rows), chunk):
+        for first in range(0, max(len(rows), 1), chunk):
             with self._fixed(index):
                 part = batched(products, self.layout, rows[first : first + chunk], chunk)
             if len(part) == len(rows):
                 return part
             if result is None:
-                result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+                result = part.new_empty(rows.shape)
             result[first : first + chunk] = part
         return result
 

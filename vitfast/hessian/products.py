@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vitfast.hessian import rules  # noqa: F401 - the rules of `dual` register themselves
-from vitfast.hessian.dual import Unsupported, gradient_tangents
+from vitfast.hessian.dual import Unsupported, generator_state, gradient_tangents, set_generator_state
 from vitfast.hessian.layout import Layout
 from vitfast.hessian.memory import bytes_of_vector, fitting_chunk, keeping_freed_memory
 from vitfast.hessian.recording import Recording
@@ -167,7 +167,7 @@ def hessian_products(
         if way.by_transforms or is_transformed() or forward_ad_is_nested():
             return by_transforms(vectors)
         device = tree_flatten(vectors)[0][0].device
-        generator = _generator_state(device)
+        generator = generator_state(device)
         try:
             return gradient_tangents(fn, params, vectors, recording)
         except torch.OutOfMemoryError:
@@ -175,7 +175,7 @@ def hessian_products(
         except Exception as error:
             way.by_transforms = isinstance(error, Unsupported)
             reason = f"{type(error).__name__}: {error}"
-        _set_generator_state(device, generator)
+        set_generator_state(device, generator)
         results = by_transforms(vectors)  # which raises what is wrong with fn itself
         warnings.warn(f"Hessian-vector products by transforms of torch.func, which are slower: {reason}", stacklevel=4)
         return results
@@ -183,14 +183,6 @@ def hessian_products(
     gradient = grad(fn)
     by_transforms = mapped(lambda v: jvp(gradient, (params,), (v,))[1])
     return products
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_generator_state(device: torch.device, state: Tensor) -> None:
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def mapped(product: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -87,7 +87,7 @@ def _view(operation, result, x, shape, *strides):
 
 @_defers(aten.view.default)
 def _view_later(x, shape):
-    if not isinstance(x, Deferred) or -1 in shape:
+    if not isinstance(x, Deferred) or not x.is_contiguous or -1 in shape:
         return _reshaped_primal(value_of(x), shape)
     return Deferred(_reshaped_primal, (x, shape), shape)
 
@@ -147,6 +147,14 @@ def _alias(operation, result, x):
 @_rule(aten.clone.default)
 def _clone(operation, result, x, *, memory_format=None):
     return Pair(result, x.tangents)  # which nobody changes in place
+
+
+PRIMALS[aten.zero.default] = torch.zeros_like
+
+
+@_rule(aten.zero.default)
+def _zero(operation, result, x):
+    return Pair(result, torch.zeros_like(x.tangents))
 
 
 @_rule(aten._to_copy.default)
@@ -451,26 +459,26 @@ def _convolution_backward_later(grad, x, weight, bias_sizes, *options):
     grad, x = (_in_best_layout(maps, weight) for maps in (grad, x))
     has_kernels, padding = _has_kernels(x, weight, *options), options[1][0]
 
-    def by_pytorch(which: int) -> Tensor:
+    def by_pytorch(which: int, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         only = [each == which for each in range(3)]
         return aten.convolution_backward.default(grad, x, weight, bias_sizes, *options, only)[which]
 
-    def of_input() -> Tensor:
+    def of_input(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if has_kernels:
             return convolution.input_gradient_tangents(grad, weight, grad[None], None, padding)[0]
-        return by_pytorch(0)
+        return by_pytorch(0, grad, x, weight)
 
-    def of_weight(grad: Tensor, x: Tensor) -> Tensor:
+    def of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if has_kernels:
             return convolution.weight_gradient_tangents(grad, x, weight, grad[None], None, padding)[0]
-        return by_pytorch(1).contiguous()
+        return by_pytorch(1, grad, x, weight).contiguous()
 
     def of_bias(grad: Tensor) -> Tensor:
         return grad.flatten(2).sum((0, 2))
 
     return (
-        of_input() if wanted[0] else None,
-        Deferred(of_weight, (grad, x), weight.shape) if wanted[1] else None,
+        of_input(grad, x, weight) if wanted[0] else None,
+        Deferred(of_weight, (grad, x, weight), weight.shape) if wanted[1] else None,
         Deferred(of_bias, (grad,), bias_sizes) if wanted[2] else None,
     )
 
