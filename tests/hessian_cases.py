@@ -50,8 +50,8 @@ def alternet():
     return vitfast.create_model("alternet_18", width=2, window_size=4, stem=False, **IMAGES)
 
 
-def resnet():
-    return vitfast.create_model("resnet_dnn_smoothing_18", width=2, stem=False, **IMAGES)
+def resnet(stem=False):
+    return vitfast.create_model("resnet_dnn_smoothing_18", width=2, stem=stem, **IMAGES)
 
 
 def made(build, batch=4, side=None, seed=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
+import vitfast
 from vitfast.hessian import HessianOperator, dual, hvp
 from vitfast.hessian import memory as hessian_memory
 from vitfast.hessian.deferred import Deferred, version_of
@@ -128,6 +130,38 @@ def chosen(x, weight):
     return torch.where(x > 0, x, x * weight)[:, [0, 2, 1]] * x.amax(1, keepdim=True)
 
 
+def indexed(x, weight):
+    """By tensors in one place and in two, masks, and with what is put there with and without tangents."""
+    rows, columns = torch.tensor([[0, 2], [2, 1]]), torch.tensor([1, 7])
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[1:3, ::3] = True
+    put = (x * weight).index_put((rows,), x[rows] * weight, accumulate=True)
+    put = put.index_put((torch.arange(4), rows[1, 0], columns[0]), weight[0])
+    ones = torch.ones_like(x).index_put((torch.tensor([0, 3]), rows[0]), weight.sin())
+    put = put * ones.index_put((rows[0],), torch.tensor(0.5).to(x))
+    put = put.index_select(1, rows[0]) * torch.index_select(x * put, -2, torch.tensor(2)) + put[:, :2]
+    put = put.repeat(1, 3, 1)
+    return put * (put[rows, :, columns].sum() + x[:, rows, columns].sum() + x[:, mask].square().sum())
+
+
+def blurred(x, weight):
+    """With every prologue, of constants too, and taps that have tangents."""
+    taps, maps = torch.tensor([0.25, 0.5, 0.25]).to(x), torch.tensor([0.5, 1, 2, 1.5]).to(x)
+    scale, shift = weight[:4], weight[4:]
+    with torch.no_grad():
+        unfollowed = weight + 0
+    return (
+        vitfast.functional.blur_pool2d(x, taps, scale=scale, shift=shift, activation="relu", stride=2).sum(0)
+        + vitfast.functional.blur_pool2d(x.sin(), taps, scale=scale, activation="tanh_relu", temperature=2.0, stride=2)
+        * vitfast.functional.blur_pool2d(x, taps, shift=shift, activation="relu6", padding_mode="zeros", stride=2)
+        + vitfast.functional.blur_pool2d(x, taps, norm=(scale, shift, maps, maps, 1e-5), stride=2)
+        * vitfast.functional.blur_pool2d(x, taps, norm=(maps, None, maps, maps, 1e-5), activation="relu", stride=2)
+        * vitfast.functional.blur_pool2d(x, taps, norm=(unfollowed[:4], unfollowed[4:], maps, maps, 1e-5), stride=2)
+        + vitfast.functional.blur_pool2d(maps.view(1, 4, 1, 1) + x.detach(), taps, scale=scale, shift=shift, stride=2)
+        + vitfast.functional.blur_pool2d(x, weight[:3], stride=2)
+    )
+
+
 LAYERS = {
     "gelu": lambda: Layers(nn.GELU()),
     "gelu by tanh": lambda: Layers(nn.GELU(approximate="tanh")),
@@ -155,6 +189,7 @@ LAYERS = {
     "stopped": lambda: Layers(Function(stopped)),
     "filled": lambda: Layers(Function(filled)),
     "chosen": lambda: Layers(Function(chosen)),
+    "indexed": lambda: Layers(Function(indexed)),
     "convolution": lambda: Images(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 1, bias=False)),
     "convolutions with kernels": lambda: Images(
         *(nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Tanh()),
@@ -174,6 +209,14 @@ LAYERS = {
     "batch norm": lambda: Images(nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4, affine=False)),
     "group norm": lambda: Images(nn.GroupNorm(2, 4), nn.Tanh(), nn.GroupNorm(1, 4, affine=False)),
     "max pool": lambda: Images(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)),
+    "max pool of channels last": lambda: Images(
+        *(nn.Conv2d(4, 16, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1), nn.Tanh(), nn.MaxPool2d(2))
+    ),
+    "blurs": lambda: Images(
+        *(vitfast.nn.BlurPool2d(4, 3), nn.Conv2d(4, 16, 3, padding=1), nn.Tanh()),
+        *(vitfast.nn.BlurPool2d(16, 4, stride=1), nn.Tanh(), vitfast.nn.BlurPool2d(16, 2, stride=1)),
+    ),
+    "blurs with prologues": lambda: Images(Function(blurred)),
     "average pool": lambda: Images(nn.AvgPool2d(3, stride=2, padding=1), nn.AdaptiveAvgPool2d(2)),
 }
 
@@ -244,6 +287,17 @@ def test_models(build, side, training):
     expected = by_transforms(fn, params, vectors)
     size = max(t.abs().max() for t in expected.values())
     assert_close(gradient_tangents(fn, params, vectors), expected, rtol=1e-9, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize(("build", "side"), [(vit, 8), (swin, 16), (alternet, 16), (resnet, 64)])
+def test_models_have_rules_for_all_operations(build, side, monkeypatch):
+    def by_transforms(operation, *args, **kwargs):
+        raise AssertionError(f"{operation} has no rule")
+
+    monkeypatch.setattr(dual, "by_transforms", by_transforms)
+    model, inputs, targets = made(functools.partial(build, stem=True) if build is resnet else build, side=side)
+    fn, params = loss_of(model, inputs, targets)
+    gradient_tangents(fn, params, directions(params, 2))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from vitfast.hessian.deferred import forgotten, value_of, version_of
 from vitfast.hessian.recording import Pair, Recording, leaves_of, mapped, parts
 
-__all__ = ["Dual", "Rule", "Unsupported", "generator_state", "gradient_tangents", "set_generator_state"]
+__all__ = [
+    "Dual",
+    "Rule",
+    "Unsupported",
+    "by_transforms",
+    "generator_state",
+    "gradient_tangents",
+    "set_generator_state",
+]
 
 
 class Unsupported(Exception):
@@ -82,7 +90,7 @@ class Dual(Tensor):
             primal = args[0].primal  # somebody gets to do with it as he likes
             return primal.detach() if args[0].recording is None else primal.clone()
         with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+            return _INSTEAD.get(function, function)(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
@@ -103,6 +111,17 @@ class Dual(Tensor):
 
 
 _STOPS = {Tensor.detach, torch.detach, Tensor.data.__get__}
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """As `torch.index_select`, whose backward adds to a tensor without tangents, in place."""
+    if not isinstance(x, Dual) or x.dim() == 0 or not -x.dim() <= dim < x.dim():
+        return torch.index_select(x, dim, index)
+    return x[(*(slice(None),) * (dim % x.dim()), index.reshape(-1))]
+
+
+_INSTEAD = {torch.index_select: _index_select, Tensor.index_select: _index_select}
+"""Functions -> the same, of operations that have tangents here."""
 
 
 @dataclass(frozen=True)

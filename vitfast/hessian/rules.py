@@ -25,9 +25,10 @@ from vitfast.hessian.dual import (
     STATISTICS,
     Rule,
     Unsupported,
+    by_transforms,
 )
 from vitfast.hessian.recording import Pair, pair, parts
-from vitfast.ops import _extension, attention, convolution, window_attention
+from vitfast.ops import _extension, attention, blur_pool, convolution, window_attention
 from vitfast.ops._tangents import compute
 from vitfast.ops.layers import (
     Products,
@@ -212,6 +213,37 @@ def _join(operation, result, tensors, dim=0):
     if operation is aten.cat.default:
         return Pair(result, operation(tangents, _behind(dim)))
     return Pair(result, _stack(tangents, _behind(dim), [0, *map(_behind, _stacking_order(tensors))]))
+
+
+def _has_one_place(indices) -> bool:
+    """Whether what is indexed stays where it is: dimensions that come apart go to the front, before K."""
+    given = [dim for dim, index in enumerate(indices) if index is not None]
+    return not given or given[-1] - given[0] == len(given) - 1
+
+
+def _indexed_dims(x, indices) -> int:
+    """The number of dimensions of x[indices]."""
+    given = [index for index in indices if index is not None]
+    masked = [index.dtype in (torch.bool, torch.uint8) for index in given]
+    taken = sum(index.dim() if is_mask else 1 for index, is_mask in zip(given, masked, strict=True))
+    made = max((1 if is_mask else index.dim() for index, is_mask in zip(given, masked, strict=True)), default=0)
+    return x.dim() - taken + made
+
+
+@_rule(aten.index.Tensor, serves=lambda x, indices: _has_one_place(indices))
+def _index(operation, result, x, indices):
+    return Pair(result, operation(x.tangents, [None, *indices]))
+
+
+@_rule(aten.index_put.default, serves=lambda x, indices, *rest: _has_one_place(indices))
+def _index_put(operation, result, x, indices, values, accumulate=False):
+    (x, x_t), (values, values_t) = parts(x), parts(values)
+    count = len(values_t if x_t is None else x_t)
+    x_t = x.new_zeros(count, *x.shape) if x_t is None else x_t
+    if values_t is None:
+        values_t = values.new_zeros(count, *values.shape)
+    values_t = _aligned(values_t, _indexed_dims(x, indices))
+    return Pair(result, operation(x_t, [None, *indices], values_t, accumulate))
 
 
 @_rule(aten.copy.default)
@@ -433,6 +465,68 @@ def _bmm(operation, result, a, b):
     return Pair(result, tangents)
 
 
+# ---- pooling ---------------------------------------------------------------------------------------------------------
+
+
+@_rule(aten.max_pool2d_with_indices.default)
+def _max_pool(operation, results, x, *options):
+    indices = results[1]
+    places = indices.flatten(-2).expand(len(x.tangents), *indices.shape[:-2], -1)
+    return Pair(results[0], x.tangents.flatten(-2).gather(-1, places).unflatten(-1, indices.shape[-2:])), indices
+
+
+@_rule(aten.max_pool2d_with_indices_backward.default)
+def _max_pool_backward(operation, result, grad, x, *options):
+    (_, grad_t), x = parts(grad), parts(x)[0]
+    if grad_t is None:
+        return result
+    *options, indices = options
+    count = len(grad_t)
+    places = indices.expand(count, *indices.shape).flatten(0, 1)
+    folded = operation(grad_t.flatten(0, 1), _unwritten(count * len(x), x), *options, places)
+    return Pair(result, folded.unflatten(0, (count, -1)))
+
+
+if _extension.available():
+
+    @_rule(torch.ops.vitfast.blur_pool2d.default, serves=lambda x, taps, *_: not isinstance(taps, Pair), maps=True)
+    def _blur(operation, result, x, taps, *options):
+        affine, spec = blur_pool.prologue_of(*options)
+        u_t = parts(x)[1]
+        if blur_pool.has_prologue(affine, spec):
+            u_t = by_transforms(_prologue(spec), x, *affine).tangents
+        return Pair(result, blur_pool.output_tangents(u_t, taps, spec).to(result.dtype))
+
+    @_rule(
+        torch.ops.vitfast.blur_pool2d_backward.default,
+        serves=lambda grad, x, taps, *_: not isinstance(taps, Pair),
+        maps=True,
+    )
+    def _blur_backward(operation, results, grad, x, taps, size, *options):
+        *options, sums = options
+        affine, spec = blur_pool.prologue_of(*options)
+        grad, grad_t = parts(grad)
+        if x is None:
+            return Pair(results[0], blur_pool.gradient_tangents(grad_t, taps, size, spec)), *results[1:]
+        if grad_t is None:
+            count = next(len(each.tangents) for each in (x, *affine) if isinstance(each, Pair))
+            grad_t = grad.new_zeros(1, *grad.shape).expand(count, *grad.shape)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_u, grad_u_t = (blur_pool.gradient_tangents(g.to(wide), taps, size, spec) for g in (grad[None], grad_t))
+        gradients = by_transforms(_prologue_backward(spec, sums), Pair(grad_u[0], grad_u_t), x, *affine)
+        return tuple(Pair(result, gradient.tangents) for result, gradient in zip(results, gradients, strict=True))
+
+
+def _prologue(spec: blur_pool.Spec) -> Callable:
+    """What comes before a blur."""
+    return lambda x, *affine: blur_pool.prologue_output(x, blur_pool.Affine(*affine), spec)
+
+
+def _prologue_backward(spec: blur_pool.Spec, sums: bool) -> Callable:
+    """What comes after its transpose."""
+    return lambda grad, x, *affine: blur_pool.prologue_gradients(grad, x, blur_pool.Affine(*affine), spec, sums)
+
+
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
@@ -471,7 +565,8 @@ def _convolution_backward_later(grad, x, weight, bias_sizes, *options):
     def of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if has_kernels:
             return convolution.weight_gradient_tangents(grad, x, weight, grad[None], None, padding)[0]
-        return by_pytorch(1, grad, x, weight).contiguous()
+        # Flattened: dimensions of one element may have any strides.
+        return by_pytorch(1, grad, x, weight).flatten().view(weight.shape)
 
     def of_bias(grad: Tensor) -> Tensor:
         return grad.flatten(2).sum((0, 2))

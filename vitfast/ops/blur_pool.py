@@ -97,23 +97,23 @@ def blur_pool2d(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor
             affine = affine.folded(spec.eps)  # also for traces, which may be run on other devices
         if not records_gradients((x, *affine)):
             return _forward(x, kernel, affine, spec)
-        if _has_prologue(affine, spec):
+        if has_prologue(affine, spec):
             return RecordedPrologueBlur.apply(spec, kernel, x, *affine)
         return RecordedBlur.apply(spec, kernel, x)
     if forward_ad_is_nested():
         return _definition(x, kernel, affine, spec)
-    has_prologue = _has_prologue(affine, spec)
+    with_prologue = has_prologue(affine, spec)
     if torch.compiler.is_compiling():
         if forward_ad_active():  # the registered operators have no forward-mode rule
             return _definition(x, kernel, affine, spec)
         require_operator(NAME, backend, x.device)
         affine = affine.folded(spec.eps)
-        if has_prologue and records_gradients((x, *affine)):
-            x, affine, spec = _prologue(x, affine, spec).to(x.dtype), Affine(), Spec(**spec.blur)
+        if with_prologue and records_gradients((x, *affine)):
+            x, affine, spec = prologue_output(x, affine, spec).to(x.dtype), Affine(), Spec(**spec.blur)
         return _forward(x, kernel, affine, spec)
-    if not has_prologue:
+    if not with_prologue:
         return Blur.apply(spec, kernel, x)
-    return Blur.apply(Spec(**spec.blur), kernel, _prologue(x, affine, spec)).to(x.dtype)
+    return Blur.apply(Spec(**spec.blur), kernel, prologue_output(x, affine, spec)).to(x.dtype)
 
 
 def _definition(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor:
@@ -122,12 +122,14 @@ def _definition(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor
     return reference.blur_pool2d(x, kernel, **spec.blur, **options)
 
 
-def _prologue(x: Tensor, affine: Affine, spec: Spec) -> Tensor:
+def prologue_output(x: Tensor, affine: Affine, spec: Spec) -> Tensor:
+    """What the kernel sums up, by operations of PyTorch."""
     scale, shift, *_ = affine.folded(spec.eps)
     return prologue(x, scale, shift, spec.activation, spec.temperature)
 
 
-def _has_prologue(affine: Affine, spec: Spec) -> bool:
+def has_prologue(affine: Affine, spec: Spec) -> bool:
+    """Whether that is anything but x."""
     scale, shift, mean, _ = affine
     return spec.activation is not None or scale is not None or shift is not None or mean is not None
 
@@ -183,7 +185,7 @@ _NO_PROLOGUE = (None, None, None, None, 0.0, 0, 1.0)
 
 def _prologue_arguments(x: Tensor, affine: Affine, spec: Spec) -> tuple:
     """The prologue as the registered operators take it."""
-    if not _has_prologue(affine, spec):
+    if not has_prologue(affine, spec):
         return _NO_PROLOGUE
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensors = [_per_channel(tensor, dtype) for tensor in affine]
@@ -213,6 +215,18 @@ def _dense(x: Tensor) -> Tensor:
 def _taps(kernel: Tensor) -> Tensor:
     """The kernel as the operators take it: contiguous, in float32 or float64."""
     return (kernel if kernel.dtype in (torch.float32, torch.float64) else kernel.to(torch.float32)).contiguous()
+
+
+def output_tangents(tangents: Tensor, kernel: Tensor, spec: Spec) -> Tensor:
+    """A x for K tangents of x, (K, B, C, H, W), in one launch, without the prologue of ``spec``."""
+    y = _forward(tangents.flatten(0, 1), kernel, Affine(), Spec(**spec.blur))
+    return y.unflatten(0, (len(tangents), -1))
+
+
+def gradient_tangents(tangents: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
+    """A^T grad for K tangents of the gradient, in the same way; (K, B, C, *size)."""
+    x = _transposed(tangents.flatten(0, 1), kernel, size, spec)
+    return x.unflatten(0, (len(tangents), -1))
 
 
 # ---- differentiation -----------------------------------------------------------------------------------------------
@@ -401,24 +415,30 @@ def _compiled_double_backward(ctx, cotangent, *_):
     return torch.ops.vitfast.blur_pool2d(_dense(cotangent), kernel, *ctx.numbers, *_NO_PROLOGUE), *(None,) * 14
 
 
-def _prologue_of(stride, padding, mode, scale, shift, mean, variance, eps, activation, temperature):
+def prologue_of(stride, padding, mode, scale, shift, mean, variance, eps, activation, temperature):
     """The tensors of the prologue and the rest, of the arguments of a registered operator."""
     numbers = tuple(stride), tuple(padding), PADDING_MODES[mode]
     return Affine(scale, shift, mean, variance), Spec(*numbers, eps, ACTIVATIONS[activation], temperature)
 
 
 def _defined(x, kernel, *options):
-    return _definition(x, kernel, *_prologue_of(*options)).to(x.dtype)
+    return _definition(x, kernel, *prologue_of(*options)).to(x.dtype)
 
 
 def _defined_backward(grad, x, kernel, size, *options_and_sums):
     *options, sums = options_and_sums
-    affine, spec = _prologue_of(*options)
-    grad_u = reference.blur_pool2d_transposed(grad, kernel, tuple(size), **spec.blur)
+    affine, spec = prologue_of(*options)
+    return prologue_gradients(
+        reference.blur_pool2d_transposed(grad, kernel, tuple(size), **spec.blur), x, affine, spec, sums
+    )
+
+
+def prologue_gradients(grad_u: Tensor, x: Tensor | None, affine: Affine, spec: Spec, sums: bool) -> tuple[Tensor, ...]:
+    """The gradients of x, scale and shift, as the registered operator returns them, of that of the blur's input."""
     none = grad_u.flatten()[:0].to(torch.float64)  # with a tangent, for all results of an operator have one
     if x is None:
         return grad_u, none, none
-    ones = grad_u.new_ones(grad.shape[1])
+    ones = grad_u.new_ones(grad_u.shape[1])
     scale, shift, *_ = affine.folded(spec.eps)
     scale, shift = ones if scale is None else scale, torch.zeros_like(ones) if shift is None else shift
     grad_x, *totals = prologue_backward(grad_u, x, scale, shift, spec.activation, spec.temperature)
