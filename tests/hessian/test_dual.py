@@ -148,17 +148,18 @@ def blurred(x, weight):
     """With every prologue, of constants too, and taps that have tangents."""
     taps, maps = torch.tensor([0.25, 0.5, 0.25]).to(x), torch.tensor([0.5, 1, 2, 1.5]).to(x)
     scale, shift = weight[:4], weight[4:]
+    blur = functools.partial(vitfast.functional.blur_pool2d, stride=2)
     with torch.no_grad():
         unfollowed = weight + 0
     return (
-        vitfast.functional.blur_pool2d(x, taps, scale=scale, shift=shift, activation="relu", stride=2).sum(0)
-        + vitfast.functional.blur_pool2d(x.sin(), taps, scale=scale, activation="tanh_relu", temperature=2.0, stride=2)
-        * vitfast.functional.blur_pool2d(x, taps, shift=shift, activation="relu6", padding_mode="zeros", stride=2)
-        + vitfast.functional.blur_pool2d(x, taps, norm=(scale, shift, maps, maps, 1e-5), stride=2)
-        * vitfast.functional.blur_pool2d(x, taps, norm=(maps, None, maps, maps, 1e-5), activation="relu", stride=2)
-        * vitfast.functional.blur_pool2d(x, taps, norm=(unfollowed[:4], unfollowed[4:], maps, maps, 1e-5), stride=2)
-        + vitfast.functional.blur_pool2d(maps.view(1, 4, 1, 1) + x.detach(), taps, scale=scale, shift=shift, stride=2)
-        + vitfast.functional.blur_pool2d(x, weight[:3], stride=2)
+        blur(x, taps, scale=scale, shift=shift, activation="relu").sum(0)
+        + blur(x.sin(), taps, scale=scale, activation="tanh_relu", temperature=2.0)
+        * blur(x, taps, shift=shift, activation="relu6", padding_mode="zeros")
+        + blur(x, taps, norm=(scale, shift, maps, maps, 1e-5))
+        * blur(x, taps, norm=(maps, None, maps, maps, 1e-5), activation="relu")
+        * blur(x, taps, norm=(unfollowed[:4], unfollowed[4:], maps, maps, 1e-5))
+        + blur(maps.view(1, 4, 1, 1) + x.detach(), taps, scale=scale, shift=shift)
+        + blur(x, weight[:3])
     )
 
 
@@ -308,6 +309,12 @@ def test_models_have_rules_for_all_operations(build, side, monkeypatch):
         ("convolution", torch.float32, 1e-5),
         ("convolutions with kernels", torch.float32, 1e-5),
         ("convolutions of odd kinds", torch.float32, 1e-5),
+        ("blurs", torch.float32, 1e-5),
+        ("blurs", torch.bfloat16, 0.1),
+        ("blurs with prologues", torch.float32, 1e-5),
+        ("blurs with prologues", torch.bfloat16, 0.1),
+        ("max pool of channels last", torch.float32, 1e-5),
+        ("indexed", torch.float32, 1e-5),
         ("convolutions of one and three dimensions", torch.float32, 1e-5),
     ],
     ids=str,

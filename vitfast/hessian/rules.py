@@ -223,10 +223,12 @@ def _has_one_place(indices) -> bool:
 
 def _indexed_dims(x, indices) -> int:
     """The number of dimensions of x[indices]."""
-    given = [index for index in indices if index is not None]
-    masked = [index.dtype in (torch.bool, torch.uint8) for index in given]
-    taken = sum(index.dim() if is_mask else 1 for index, is_mask in zip(given, masked, strict=True))
-    made = max((1 if is_mask else index.dim() for index, is_mask in zip(given, masked, strict=True)), default=0)
+    taken = made = 0
+    for index in indices:
+        if index is not None:
+            is_mask = index.dtype in (torch.bool, torch.uint8)
+            taken += index.dim() if is_mask else 1
+            made = max(made, 1 if is_mask else index.dim())
     return x.dim() - taken + made
 
 
@@ -507,12 +509,14 @@ if _extension.available():
         affine, spec = blur_pool.prologue_of(*options)
         grad, grad_t = parts(grad)
         if x is None:
-            return Pair(results[0], blur_pool.gradient_tangents(grad_t, taps, size, spec)), *results[1:]
+            return Pair(results[0], blur_pool.input_gradient_tangents(grad_t, taps, size, spec)), *results[1:]
         if grad_t is None:
             count = next(len(each.tangents) for each in (x, *affine) if isinstance(each, Pair))
             grad_t = grad.new_zeros(1, *grad.shape).expand(count, *grad.shape)
         wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_u, grad_u_t = (blur_pool.gradient_tangents(g.to(wide), taps, size, spec) for g in (grad[None], grad_t))
+        grad_u, grad_u_t = (
+            blur_pool.input_gradient_tangents(g.to(wide), taps, size, spec) for g in (grad[None], grad_t)
+        )
         gradients = by_transforms(_prologue_backward(spec, sums), Pair(grad_u[0], grad_u_t), x, *affine)
         return tuple(Pair(result, gradient.tangents) for result, gradient in zip(results, gradients, strict=True))
 

@@ -123,13 +123,13 @@ def _definition(x: Tensor, kernel: Tensor, affine: Affine, spec: Spec) -> Tensor
 
 
 def prologue_output(x: Tensor, affine: Affine, spec: Spec) -> Tensor:
-    """What the kernel sums up, by operations of PyTorch."""
+    """activation(scale x + shift), what is blurred, in operations of PyTorch."""
     scale, shift, *_ = affine.folded(spec.eps)
     return prologue(x, scale, shift, spec.activation, spec.temperature)
 
 
 def has_prologue(affine: Affine, spec: Spec) -> bool:
-    """Whether that is anything but x."""
+    """Whether anything comes before the blur."""
     scale, shift, mean, _ = affine
     return spec.activation is not None or scale is not None or shift is not None or mean is not None
 
@@ -223,7 +223,7 @@ def output_tangents(tangents: Tensor, kernel: Tensor, spec: Spec) -> Tensor:
     return y.unflatten(0, (len(tangents), -1))
 
 
-def gradient_tangents(tangents: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
+def input_gradient_tangents(tangents: Tensor, kernel: Tensor, size: tuple[int, int], spec: Spec) -> Tensor:
     """A^T grad for K tangents of the gradient, in the same way; (K, B, C, *size)."""
     x = _transposed(tangents.flatten(0, 1), kernel, size, spec)
     return x.unflatten(0, (len(tangents), -1))
@@ -434,7 +434,10 @@ def _defined_backward(grad, x, kernel, size, *options_and_sums):
 
 
 def prologue_gradients(grad_u: Tensor, x: Tensor | None, affine: Affine, spec: Spec, sums: bool) -> tuple[Tensor, ...]:
-    """The gradients of x, scale and shift, as the registered operator returns them, of that of the blur's input."""
+    """The gradients of x, scale and shift for that of u, what is blurred, as the registered operator returns them.
+
+    Without x there is no prologue, and u is x. Those of scale and shift are empty unless ``sums`` are wanted.
+    """
     none = grad_u.flatten()[:0].to(torch.float64)  # with a tangent, for all results of an operator have one
     if x is None:
         return grad_u, none, none
