@@ -218,6 +218,10 @@ LAYERS = {
         *(vitfast.nn.BlurPool2d(16, 4, stride=1), nn.Tanh(), vitfast.nn.BlurPool2d(16, 2, stride=1)),
     ),
     "blurs with prologues": lambda: Images(Function(blurred)),
+    "average of channels last": lambda: Images(
+        *(nn.Conv2d(4, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Tanh(), nn.Conv2d(16, 8, 1)),
+        nn.AdaptiveAvgPool2d((1, 1)),
+    ),
     "average pool": lambda: Images(nn.AvgPool2d(3, stride=2, padding=1), nn.AdaptiveAvgPool2d(2)),
 }
 
@@ -315,6 +319,7 @@ def test_models_have_rules_for_all_operations(build, side, monkeypatch):
         ("blurs with prologues", torch.bfloat16, 0.1),
         ("max pool of channels last", torch.float32, 1e-5),
         ("indexed", torch.float32, 1e-5),
+        ("average of channels last", torch.float32, 1e-5),
         ("convolutions of one and three dimensions", torch.float32, 1e-5),
     ],
     ids=str,

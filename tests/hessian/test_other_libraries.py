@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
+import libraries  # noqa: F401  (before the libraries themselves)
 import pyhessian
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from curvlinops import GGNLinearOperator, HessianLinearOperator
 from hessian_cases import Normalised, made, ragged
 from pyhessian.utils import hessian_vector_product
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import vitfast
@@ -49,3 +55,36 @@ def test_pyhessian_on_an_accelerated_model():
     (value,), _ = theirs.eigenvalues(maxIter=300, tol=1e-6)
     spectrum = max_eigenvalue_spectrum(model, F.cross_entropy, [(inputs, targets)], k=1)
     assert spectrum.values.item() == pytest.approx(value, rel=1e-3)
+
+
+MODELS = {
+    "torchvision ResNet": lambda: torchvision.models.resnet18(num_classes=3),
+    "torchvision Swin": lambda: torchvision.models.SwinTransformer(
+        [2, 2], 16, depths=[2, 2], num_heads=[1, 2], window_size=[4, 4], num_classes=3
+    ),
+    "timm ResNet with blurs": lambda: timm.create_model("resnetblur18", num_classes=3),
+    "timm ViT": lambda: timm.create_model(
+        "vit_tiny_patch16_224", num_classes=3, img_size=32, patch_size=8, depth=1, embed_dim=16, num_heads=2
+    ),
+}
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_other_libraries_are_not_left_to_transforms(name, accelerated):
+    """Products of a whole model by nested transforms are right, but slow: an operator warns of them."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval().double()
+    inputs, targets = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    if accelerated:
+        vitfast.accelerate(model)
+    operator = HessianOperator(model, F.cross_entropy, [(inputs, targets)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Hessian-vector products by transforms")
+        product = operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+    params = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no second derivative
+        gradients = torch.autograd.grad(F.cross_entropy(model(inputs), targets), params, create_graph=True)
+        expected = torch.autograd.grad(sum(gradient.sum() for gradient in gradients), params)
+    expected = torch.cat([part.flatten() for part in expected])
+    assert_close(product, expected, rtol=1e-9, atol=1e-12 * expected.abs().max().item())

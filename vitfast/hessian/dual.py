@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import saved_tensors_hooks
@@ -120,7 +121,18 @@ def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return x[(*(slice(None),) * (dim % x.dim()), index.reshape(-1))]
 
 
-_INSTEAD = {torch.index_select: _index_select, Tensor.index_select: _index_select}
+def _adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """As `F.adaptive_avg_pool2d`, which changes the strides of a mean of channels-last maps in place."""
+    if output_size in (1, (1, 1), [1, 1]):
+        return x.mean((-2, -1), keepdim=True)
+    return F.adaptive_avg_pool2d(x, output_size)
+
+
+_INSTEAD = {
+    torch.index_select: _index_select,
+    Tensor.index_select: _index_select,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+}
 """Functions -> the same, of operations that have tangents here."""
 
 
