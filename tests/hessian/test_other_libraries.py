@@ -64,27 +64,29 @@ MODELS = {
     ),
     "timm ResNet with blurs": lambda: timm.create_model("resnetblur18", num_classes=3),
     "timm ViT": lambda: timm.create_model(
-        "vit_tiny_patch16_224", num_classes=3, img_size=32, patch_size=8, depth=1, embed_dim=16, num_heads=2
+        "vit_tiny_patch16_224", num_classes=3, img_size=64, patch_size=16, depth=1, embed_dim=16, num_heads=2
     ),
 }
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_other_libraries_are_not_left_to_transforms(name, accelerated):
+def test_models_of_other_libraries_are_not_left_to_transforms(name, accelerated, dtype, tolerance):
     """Products of a whole model by nested transforms are right, but slow: an operator warns of them."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval().double()
-    inputs, targets = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    model, inputs, targets = MODELS[name]().eval().to(dtype), torch.randn(2, 3, 64, 64, dtype=dtype), torch.arange(2)
     if accelerated:
         vitfast.accelerate(model)
     operator = HessianOperator(model, F.cross_entropy, [(inputs, targets)])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Hessian-vector products by transforms")
-        product = operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+        product = operator @ torch.ones(operator.shape[0], dtype=dtype)
+    model.double()
     params = list(model.parameters())
     with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attention has no second derivative
-        gradients = torch.autograd.grad(F.cross_entropy(model(inputs), targets), params, create_graph=True)
+        loss = F.cross_entropy(model(inputs.double()), targets)
+        gradients = torch.autograd.grad(loss, params, create_graph=True)
         expected = torch.autograd.grad(sum(gradient.sum() for gradient in gradients), params)
     expected = torch.cat([part.flatten() for part in expected])
-    assert_close(product, expected, rtol=1e-9, atol=1e-12 * expected.abs().max().item())
+    assert (product - expected).norm() <= tolerance * expected.norm()
