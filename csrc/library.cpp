@@ -77,7 +77,9 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
       "Tensor? x_t, Tensor? weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? "
       "x_grad_t, Tensor(c!)? weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
   // Of a linear layer: weight = grad^T x and bias = the sum of grad's rows, or these added to them.
-  m.def("weight_gradient(Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!)? bias, bool add) -> ()");
+  m.def(
+      "weight_gradient(Tensor grad, Tensor x, Tensor? grad2, Tensor? x2, Tensor(a!) weight, Tensor(b!)? bias, "
+      "bool add) -> ()");
   m.def(
       "window_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] window_size, int[] shift, float "
       "scale, bool return_lse) -> (Tensor output, Tensor lse)");

@@ -96,7 +96,8 @@ void residual_mlp_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> inde
                                std::optional<Tensor> weight1_grad, std::optional<Tensor> bias1_grad,
                                std::optional<Tensor> weight2_grad, std::optional<Tensor> bias2_grad);
 
-void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, bool add);
+void weight_gradient_cpu(Tensor grad, Tensor x, std::optional<Tensor> grad2, std::optional<Tensor> x2, Tensor weight,
+                         std::optional<Tensor> bias, bool add);
 
 std::tuple<Tensor, Tensor> window_attention_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                                 std::vector<int64_t> window_size, std::vector<int64_t> shift,

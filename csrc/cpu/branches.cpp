@@ -127,8 +127,8 @@ struct LinearGradients {
 
   void operator()(const Linear& layer, int64_t rows, const float* grad, cpu::RowTable grad_rows, const float* x) const {
     if (weight == nullptr) return;
-    cpu::run(cpu::WeightGradient{rows, layer.outputs, layer.inputs, grad, x, layer.outputs, layer.inputs, weight, bias,
-                                 add, grad_rows});
+    const cpu::WeightGradient::Term term{grad, x, 0, layer.outputs, 0, layer.inputs};
+    cpu::run(cpu::WeightGradient{1, rows, layer.outputs, layer.inputs, {term}, 1, weight, bias, add, grad_rows});
   }
 
   float *weight, *bias;

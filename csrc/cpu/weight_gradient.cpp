@@ -22,30 +22,48 @@ using torch::headeronly::ScalarType;
 
 void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitfast::weight_gradient: ", what); }
 
-// The distance of the rows of a matrix whose elements are adjacent along them.
-int64_t row_stride(const Tensor& rows) {
-  check(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && (rows.size(1) <= 1 || rows.stride(1) == 1),
-        "grad and x must be float32 matrices with adjacent elements in a row");
-  return rows.stride(0);
+struct Matrices {
+  const float* data;
+  int64_t step, rows, columns, row;
+};
+
+// (K, rows, columns), or one matrix for all.
+Matrices matrices(const Tensor& tensor, int64_t count) {
+  const int64_t d = tensor.dim() - 2;
+  check(tensor.scalar_type() == ScalarType::Float && (d == 0 || (d == 1 && tensor.size(0) == count)),
+        "factors must be float32 matrices, maybe with K in front");
+  check(tensor.size(d + 1) <= 1 || tensor.stride(d + 1) == 1, "elements must be adjacent in rows of the factors");
+  return {static_cast<const float*>(tensor.data_ptr()), d == 0 ? 0 : tensor.stride(0), tensor.size(d),
+          tensor.size(d + 1), tensor.stride(d)};
 }
 
 }  // namespace
 
-void weight_gradient_cpu(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, bool add) {
+void weight_gradient_cpu(Tensor grad, Tensor x, std::optional<Tensor> grad2, std::optional<Tensor> x2, Tensor weight,
+                         std::optional<Tensor> bias, bool add) {
+  const int64_t d = weight.dim() - 2;
+  check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && (d == 0 || d == 1),
+        "weight must be (outputs, inputs) in float32, maybe with K in front, contiguous");
   cpu::WeightGradient call{};
-  call.grad_stride = row_stride(grad), call.x_stride = row_stride(x);
-  call.rows = grad.size(0), call.outputs = grad.size(1), call.inputs = x.size(1);
-  check(x.size(0) == call.rows && call.inputs % cpu::kWeightGradientInputs == 0,
-        "grad and x must have as many rows, and x a multiple of 16 columns");
-  check(call.rows > 0 && call.outputs > 0 && call.inputs > 0, "grad and x must have elements");
-  check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.dim() == 2 &&
-            weight.size(0) == call.outputs && weight.size(1) == call.inputs,
-        "weight must be a contiguous float32 matrix, (columns of grad, columns of x)");
-  call.grad = static_cast<const float*>(grad.data_ptr()), call.x = static_cast<const float*>(x.data_ptr());
+  call.count = d == 0 ? 1 : weight.size(0), call.outputs = weight.size(d), call.inputs = weight.size(d + 1);
+  const auto add_term = [&](const Tensor& left, const Tensor& right) {
+    const Matrices g = matrices(left, call.count), r = matrices(right, call.count);
+    if (call.terms_in_use == 0) call.rows = g.rows;
+    check(g.rows == call.rows && r.rows == call.rows && g.columns == call.outputs && r.columns == call.inputs,
+          "factors must be (rows, outputs) and (rows, inputs), with as many rows in both terms");
+    call.terms[call.terms_in_use++] = {g.data, r.data, g.step, g.row, r.step, r.row};
+  };
+  add_term(grad, x);
+  check(grad2.has_value() == x2.has_value(), "a second term has two factors");
+  if (grad2.has_value()) add_term(*grad2, *x2);
+  check(call.count > 0 && call.rows > 0 && call.outputs > 0 && call.inputs > 0 &&
+            call.inputs % cpu::kWeightGradientInputs == 0,
+        "there must be elements, and a multiple of 16 inputs");
   call.weight = static_cast<float*>(weight.data_ptr());
   if (bias.has_value()) {
-    check(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == call.outputs,
-          "bias must be a contiguous float32 vector with an element for each column of grad");
+    check(
+        bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == call.count * call.outputs,
+        "bias must be (outputs,) in float32, with K in front if weight has it, contiguous");
     call.bias = static_cast<float*>(bias->data_ptr());
   }
   call.add = add;

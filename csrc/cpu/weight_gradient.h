@@ -8,12 +8,17 @@
 
 namespace vitfast::cpu {
 
-// weight (outputs, inputs) and bias (outputs,) of y = x W^T + b, for `rows` rows of x and of the gradient of y.
-// Elements of a row are adjacent, and rows `x_stride` and `grad_stride` apart; weight and bias are contiguous.
+// K times (`count`) weight (outputs, inputs), the sum of the terms' products G^T X, and bias (outputs,), the sum of the
+// rows of the first G: with x as X and the gradient of y as G, the gradients of y = x W^T + b. Both are contiguous.
 struct WeightGradient {
-  int64_t rows, outputs, inputs;
-  const float *grad, *x;
-  int64_t grad_stride, x_stride;
+  int64_t count, rows, outputs, inputs;
+  // G (count, rows, outputs) and X (count, rows, inputs). Elements of a row are adjacent. What is the same for all of
+  // `count` has the step 0.
+  struct Term {
+    const float *grad, *x;
+    int64_t grad_step, grad_row, x_step, x_row;
+  } terms[2];
+  int64_t terms_in_use;
   float* weight;
   float* bias;              // null if nobody wants it
   bool add;                 // to what weight and bias hold

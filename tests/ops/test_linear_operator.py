@@ -183,7 +183,7 @@ def gradients(grad, x, weight=None, bias=None):
     add = weight is not None
     if not add:
         weight, bias = torch.full((grad.shape[1], x.shape[1]), torch.nan), torch.full((grad.shape[1],), torch.nan)
-    torch.ops.vitfast.weight_gradient(grad, x, weight, bias, add)
+    torch.ops.vitfast.weight_gradient(grad, x, None, None, weight, bias, add)
     return weight, bias
 
 
@@ -213,8 +213,32 @@ def test_gradients_of_weights_from_rows_that_are_apart():
     assert_close_to_reference(weight, grad.t() @ x, grad.double().t() @ x.double())
     assert_close_to_reference(bias, grad.sum(0), grad.double().sum(0))
     alone = torch.empty(40, 48)
-    torch.ops.vitfast.weight_gradient(grad, x, alone, None, False)
+    torch.ops.vitfast.weight_gradient(grad, x, None, None, alone, None, False)
     assert torch.equal(alone, weight)
+
+
+@pytest.mark.parametrize("shared", ["none", "grad", "x"])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 16), (513, 40, 208), (700, 300, 48)])
+def test_sums_of_two_terms_for_k_at_once(rows, outputs, inputs, shared):
+    grad, x, grad2, x2 = (torch.randn(3, rows, columns) for columns in (outputs, inputs) * 2)
+    if shared == "grad":
+        grad2 = grad2[0]
+    elif shared == "x":
+        x = x[0]
+    weight, bias = torch.ones(3, outputs, inputs), torch.ones(3, outputs)
+
+    def sums(*factors):
+        grad, x, grad2, x2 = factors
+        return grad.mT @ x + grad2.mT @ x2, grad.sum(-2).expand(3, -1)
+
+    results = zip(sums(grad, x, grad2, x2), sums(*(f.double() for f in (grad, x, grad2, x2))), strict=True)
+    (weight_plain, weight_exact), (bias_plain, bias_exact) = results
+    torch.ops.vitfast.weight_gradient(grad, x, grad2, x2, weight, bias, False)
+    assert_close_to_reference(weight, weight_plain, weight_exact)
+    assert_close_to_reference(bias, bias_plain, bias_exact)
+    torch.ops.vitfast.weight_gradient(grad, x, grad2, x2, weight, bias, True)
+    assert_close_to_reference(weight, 2 * weight_plain, 2 * weight_exact)
+    assert_close_to_reference(bias, 2 * bias_plain, 2 * bias_exact)
 
 
 def test_gradients_of_weights_are_the_same_for_any_number_of_threads(threads):
@@ -268,12 +292,16 @@ def test_parameter_gradients_of_blocks(channels, needed):
         {"weight": torch.empty(16, 3).t()},
         {"bias": torch.empty(4)},
         {"bias": torch.empty(3).double()},
+        {"grad2": torch.randn(5, 3)},
+        {"grad2": torch.randn(4, 3), "x2": torch.randn(4, 16)},
+        {"grad": torch.randn(2, 5, 3)},
+        {"weight": torch.empty(2, 3, 16)},  # whose bias would have K in front
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_the_operator_itself_stays_within_bounds(changes):
-    arguments = {"grad": torch.randn(5, 3), "x": torch.randn(5, 16), "weight": torch.empty(3, 16)}
-    arguments |= {"bias": torch.empty(3), "add": False}
+    arguments = {"grad": torch.randn(5, 3), "x": torch.randn(5, 16), "grad2": None, "x2": None}
+    arguments |= {"weight": torch.empty(3, 16), "bias": torch.empty(3), "add": False}
     torch.ops.vitfast.weight_gradient(**arguments)
     with pytest.raises(RuntimeError, match="vitfast::weight_gradient"):
         torch.ops.vitfast.weight_gradient(**(arguments | changes))

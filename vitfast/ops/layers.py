@@ -78,9 +78,8 @@ class Products:
 
     def _by_gradients(self) -> Tensor:
         result = self._terms[0][0].new_empty(self._shape)
-        for i, (a, b) in enumerate(self._terms):
-            for grad, x, out in zip(*map(self._each, (a, b)), result, strict=True):
-                torch.ops.vitfast.weight_gradient(grad.t(), x, out, None, i > 0)
+        factors = [factor for a, b in self._terms for factor in (a.transpose(-1, -2), b)]
+        torch.ops.vitfast.weight_gradient(*(*factors, None, None)[:4], result, None, False)
         return result
 
     def _by_pytorch(self) -> Tensor:

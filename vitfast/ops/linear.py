@@ -113,7 +113,7 @@ def parameter_gradients(
         if not add:
             weight = x.new_empty(grad.shape[1], x.shape[1])
             bias = grad.new_empty(grad.shape[1]) if wants_bias else None
-        torch.ops.vitfast.weight_gradient(grad, x, weight, bias, add)
+        torch.ops.vitfast.weight_gradient(grad, x, None, None, weight, bias, add)
         return weight, bias
     if wants_weight:
         weight = weight.addmm_(grad.t(), x) if add else grad.t() @ x
