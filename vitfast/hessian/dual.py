@@ -28,7 +28,9 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from vitfast.hessian.deferred import forgotten, value_of, version_of
-from vitfast.hessian.recording import Pair, Recording, leaves_of, mapped, parts
+from vitfast.hessian.nested import leaves_of, mapped
+from vitfast.hessian.program import unseen
+from vitfast.hessian.recording import Pair, Recording, parts
 
 __all__ = [
     "Dual",
@@ -362,10 +364,12 @@ def by_transforms(operation, *args, **kwargs):
         return floating, [r for r in results if _is_other_tensor(r)]
 
     primals = tuple(p.primal for p in pairs)
+    along = torch.vmap(
+        lambda *tangents: jvp(run, primals, tangents, has_aux=True), out_dims=(None, 0, None), randomness="same"
+    )
     try:
-        floating, floating_t, others = torch.vmap(
-            lambda *tangents: jvp(run, primals, tangents, has_aux=True), out_dims=(None, 0, None), randomness="same"
-        )(*(p.tangents for p in pairs))
+        with unseen():
+            floating, floating_t, others = along(*(p.tangents for p in pairs))
     except _WithoutTangents:
         arguments, options = tree_map(lambda x: parts(x)[0], (args, kwargs))
         return operation(*arguments, **options)

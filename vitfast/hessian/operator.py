@@ -191,22 +191,24 @@ class HessianOperator:
         """What is kept of a batch, if the model and the batch are still the same."""
         if self._kept is None:
             return None
-        data = (t for t in tree_flatten(batch)[0] if isinstance(t, Tensor))
-        tensors = [t.detach() for t in (*self.model.parameters(), *self.model.buffers(), *data)]
-        state = self._state(tensors)
+        modules = list(self.model.modules())
+        tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
+        tensors = [t for t in (*tensors, *tree_flatten(batch)[0]) if isinstance(t, Tensor)]
+        state = self._state(modules, tensors)
         before, _, recording = self._kept.get(index, (None, None, None))
         if before != state:
             recording = Recording()
-            self._kept[index] = (state, tensors, recording)  # with the tensors, lest others come to lie at their places
+            kept = [t.detach() for t in tensors]  # lest others come to lie at their places
+            self._kept[index] = (state, kept, recording)
         return recording
 
-    def _state(self, tensors: list[Tensor]) -> list:
+    def _state(self, modules: list[nn.Module], tensors: list[Tensor]) -> list:
         """What tells whether the function is that of another product: tensors, modes, loss and precision."""
         kind = self.device.type
         return [
             *(self.model, self.loss_fn, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             *((t.data_ptr(), version_of(t), t.shape, t.stride(), t.dtype) for t in tensors),
-            *(module.training for module in self.model.modules()),
+            *(module.training for module in modules),
         ]
 
     def _loss_of(self, inputs, targets) -> Callable[[dict[str, Tensor]], Tensor]:

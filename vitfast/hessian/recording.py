@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from vitfast.hessian.deferred import Deferred, version_of
+from vitfast.hessian.nested import leaves_of
+from vitfast.hessian.program import Tape
+from vitfast.ops.backend import forced
 
-__all__ = ["Pair", "Recording", "leaves_of", "mapped", "pair", "pairs_in", "parts"]
+__all__ = ["Pair", "Recording", "pair", "pairs_in", "parts"]
 
 
 class Pair:
@@ -70,22 +73,6 @@ def parts(x: Any) -> tuple[Any, Tensor | None]:
     return (x.primal, x.tangents) if isinstance(x, Pair) else (x, None)
 
 
-def mapped(function: Callable[[Any], Any], x: Any) -> Any:
-    """function of whatever is no list or tuple, in lists and tuples like those of x."""
-    if not isinstance(x, (list, tuple)):
-        return function(x)
-    return type(x)([mapped(function, item) if isinstance(item, (list, tuple)) else function(item) for item in x])
-
-
-def leaves_of(x: Any) -> Iterator[Any]:
-    """Whatever is no list or tuple, in order."""
-    if isinstance(x, (list, tuple)):
-        for item in x:
-            yield from leaves_of(item)
-    else:
-        yield x
-
-
 def pairs_in(x: Any) -> Iterator[Pair]:
     """In lists and tuples, in order."""
     return (leaf for leaf in leaves_of(x) if isinstance(leaf, Pair))
@@ -127,6 +114,7 @@ class Recording:
         self._inputs: list[Pair] = []
         self._results: list[Pair | None] | None = None
         self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._programs: dict[tuple, Callable | None] = {}
 
     def __len__(self) -> int:
         """The operations that are run again."""
@@ -175,7 +163,21 @@ class Recording:
 
     @torch.no_grad()
     def replay(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """The tangents of the results for other tangents of the inputs."""
+        """The tangents of the results for other tangents of the inputs, to be read only."""
+        if forced() == "triton" or any(t.device.type != "cpu" for t in tangents):
+            return self._run(tangents)  # Triton's kernels are not called by the dispatcher: no tape would see them
+        # All that rules decide by, beside what does not change.
+        key = (forced(), *((t.shape[0], t.stride(), t.dtype) for t in tangents))
+        if key not in self._programs:
+            with Tape(tangents) as tape:
+                results = self._run(tangents)
+            self._programs[key] = tape.program(results)
+            return results
+        program = self._programs[key]
+        return self._run(tangents) if program is None else program(*tangents)
+
+    def _run(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Rule by rule."""
         try:
             for place, given in zip(self._inputs, tangents, strict=True):
                 place.take(given)

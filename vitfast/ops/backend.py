@@ -49,6 +49,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The implementation that `backend` forces, None if there is none."""
+    return _forced
+
+
 def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:
     """The backend for a call of ``operator``, which has the kernels ``served``, on tensors of ``device``."""
     name = _forced
