@@ -76,7 +76,8 @@ STABLE_TORCH_LIBRARY(vitfast, m) {
       "normalization_tangents(Tensor x, Tensor mean, Tensor inverse, bool per_channel, Tensor? weight, Tensor? grad, "
       "Tensor? x_t, Tensor? weight_t, Tensor? bias_t, Tensor? grad_t, int count, Tensor(a!)? out_t, Tensor(b!)? "
       "x_grad_t, Tensor(c!)? weight_grad_t, Tensor(d!)? bias_grad_t) -> ()");
-  // Of a linear layer: weight = grad^T x and bias = the sum of grad's rows, or these added to them.
+  // Of a linear layer: weight = grad^T x + grad2^T x2, of matrices or of K of them, and bias = the sum of the rows of
+  // grad; or these added to what they hold. The second term may be missing.
   m.def(
       "weight_gradient(Tensor grad, Tensor x, Tensor? grad2, Tensor? x2, Tensor(a!) weight, Tensor(b!)? bias, "
       "bool add) -> ()");

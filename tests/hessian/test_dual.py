@@ -613,6 +613,22 @@ def test_recorded_operations_give_the_same(name):
     assert len(recording) > 10
 
 
+def test_recordings_keep_the_programs_of_few_counts_of_vectors():
+    fn, params = loss_of(*layers("linear"))
+    recording = Recording()
+    for count in (1, 1, 2, 3, 4, 5, 1, 1):
+        vectors = directions(params, count, count)
+        assert_close(gradient_tangents(fn, params, vectors, recording), gradient_tangents(fn, params, vectors))
+        assert len(recording._programs) <= 4
+
+
+def test_recorded_vectors_may_be_one_tensor():
+    x, v, recording = torch.randn(3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64), Recording()
+    for first, second in ((v, v), (v, v), (v, v), (v, 2 * v), (v, 3 * v)):
+        results = gradient_tangents(lambda p: (p[0] * p[1].exp()).sum(), [x, x + 1], [first, second], recording)
+        assert_close(results[0], (x + 1).exp() * second)
+
+
 @pytest.mark.parametrize("name", ["layer norm", "gelu", "attended", "blurs"])
 def test_recorded_operations_follow_the_backend(name):
     fn, params = loss_of(*layers(name))

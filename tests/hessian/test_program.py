@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
@@ -63,7 +64,7 @@ FUNCTIONS = {
     "two inputs": two_inputs,
     "options": lambda x: [torch.sum(x, 1, keepdim=True, dtype=torch.float64), torch.full_like(x, torch.inf)],
     "a transform": lambda x: [torch.vmap(lambda row: row.cumsum(0) * CONSTANT[0])(x)],
-    "random numbers of a kind": lambda x: [x + torch.zeros_like(x).fill_(3)],
+    "filled": lambda x: [x + torch.zeros_like(x).fill_(3)],
     "a scalar": lambda x: [x * 0.1 + float("inf"), x.sum()],
 }
 
@@ -137,9 +138,49 @@ def test_neither_tape_nor_program_holds_what_has_been_used():
     assert max(alive) <= 2
 
 
-def test_what_writes_to_what_was_there_has_no_program():
-    there = torch.zeros(3)
-    assert taped(lambda x: [there.add_(x)], torch.ones(3)) is None
+def test_neither_tape_nor_program_keeps_constants_for_longer_than_it_lives():
+    alive = {}
+
+    def function(x):
+        there = torch.ones(4)
+        needless, factor = there * 2, there * 3
+        alive.update(there=weakref.ref(there), needless=weakref.ref(needless), factor=weakref.ref(factor))
+        return [x * factor, x + (needless * 0).sum()]
+
+    gc.disable()
+    try:
+        program = taped(function, torch.randn(4))
+        assert {name for name, ref in alive.items() if ref() is not None} == {"factor"}
+        del program
+        assert alive["factor"]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [CONSTANT.view(12)[:3].add_(x)],
+        lambda x: [x * 2 if x.sum() > 0 else -x],
+        lambda x: [x * x.sum().item()],
+        lambda x: [torch.sparse.mm(torch.eye(3).to_sparse(), x[:, None])],
+    ],
+    ids=["writes to what was there", "looks at values", "reads a number", "sparse"],
+)
+def test_what_cannot_be_repeated_has_no_program(function):
+    before = CONSTANT.clone()
+    assert taped(function, torch.ones(3)) is None
+    CONSTANT.copy_(before)
+
+
+def test_inputs_that_cannot_be_told_apart_have_no_program():
+    x = torch.ones(3)
+    assert taped(lambda x, y: [x + 2 * y], x, x) is None
+
+
+def test_random_numbers_are_drawn_in_every_run():
+    program = taped(lambda x: [x + torch.rand(3)], torch.zeros(3))
+    assert not torch.equal(*(program(torch.zeros(3))[0] for _ in range(2)))
 
 
 def test_what_is_unseen_has_no_program():

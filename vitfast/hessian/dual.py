@@ -403,7 +403,7 @@ def gradient_tangents(
             filled by this one, if it is new or tensors in it have been changed since.
 
     Returns:
-        A tree like ``vectors``.
+        A tree like ``vectors``, to be read only: of a recording, tensors may share memory, and belong to it.
 
     Raises:
         Unsupported: an operation of fn has no tangents here.

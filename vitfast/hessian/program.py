@@ -51,16 +51,20 @@ class _Value:
 
     Attributes:
         constant: the tensor, if it depends on no input.
-        memory: the value that has its memory: itself, or what it is a view of.
-        is_written: of a value with memory: whether an operation writes there.
+        is_written: whether an operation writes to its memory; of values that are no views.
         was_there: before the run.
     """
 
-    __slots__ = ("constant", "is_written", "memory", "was_there")
+    __slots__ = ("_viewed", "constant", "is_written", "was_there")
 
-    def __init__(self, constant: Tensor | None = None, memory: _Value | None = None, was_there: bool = False):
-        self.constant, self.memory, self.was_there = constant, memory or self, was_there
+    def __init__(self, constant: Tensor | None = None, viewed: _Value | None = None, was_there: bool = False):
+        self.constant, self._viewed, self.was_there = constant, viewed, was_there
         self.is_written = False
+
+    @property
+    def memory(self) -> _Value:
+        """The value whose memory it has: its own, or that of which it is a view."""
+        return self if self._viewed is None else self._viewed
 
 
 @dataclass(slots=True)
@@ -70,7 +74,7 @@ class _Call:
     Attributes:
         operands: the values that it reads or writes.
         writes: whether it writes to some of them.
-        is_constant: whether its results are the same in every run, as far as it is known while it runs.
+        is_repeatable: whether the same arguments have the same results, and these are nobody's to write to.
     """
 
     operation: Callable
@@ -79,7 +83,7 @@ class _Call:
     results: Any
     operands: list[_Value]
     writes: bool
-    is_constant: bool
+    is_repeatable: bool
 
 
 def _values_in(x: Any) -> Iterator[_Value]:
@@ -106,7 +110,7 @@ class Tape(TorchDispatchMode):
         self._values: dict[int, tuple[weakref.ref, _Value]] = {}
         self._calls: list[_Call] = []
         self._inputs = [self._new(x, _Value()) for x in inputs]
-        self.is_complete = True
+        self.is_complete = len({id(x) for x in inputs}) == len(inputs)  # or nobody could tell them apart
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -115,6 +119,20 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         options = kwargs or {}
         results = operation(*args, **options)
+        if self.is_complete:
+            self._note(operation, args, options, results)
+        else:
+            self._calls.clear()
+            self._values.clear()
+        return results
+
+    def _note(self, operation, args: tuple, options: dict[str, Any], results: Any) -> None:
+        """Writes down a call."""
+        # Of other layouts memory is not known, and of a transform, whose tensors are wrapped, only a part is seen.
+        tensors = (x for x in leaves_of((args, *options.values(), results)) if isinstance(x, Tensor))
+        if any(x.layout != torch.strided or is_functorch_wrapped_tensor(x) for x in tensors):
+            self.is_complete = False
+            return
         operands: list[_Value] = []
         memories: dict[int, _Value] = {}
 
@@ -124,7 +142,6 @@ class Tape(TorchDispatchMode):
             value = self._known(x)
             operands.append(value)
             memories[x.untyped_storage()._cdata] = value.memory
-            self.is_complete &= not is_functorch_wrapped_tensor(x)  # part of a transform, whose rest is not seen
             return value
 
         def made(x: Any) -> Any:
@@ -132,7 +149,8 @@ class Tape(TorchDispatchMode):
                 return x
             value = self._value(x)
             if value is None:
-                value = self._new(x, _Value(x if is_constant else None, memories.get(x.untyped_storage()._cdata)))
+                constant = x if is_repeatable and depends_on_no_input else None
+                value = self._new(x, _Value(constant, memories.get(x.untyped_storage()._cdata)))
             return value
 
         args, options = mapped(given, args), {name: mapped(given, x) for name, x in options.items()}
@@ -141,10 +159,10 @@ class Tape(TorchDispatchMode):
         for memory in written:
             memory.is_written = True
             self.is_complete &= not memory.was_there
-        is_constant = operation not in UNWRITTEN and all(value.constant is not None for value in operands)
-        made_values = mapped(made, results)
-        self._calls.append(_Call(operation, args, options, made_values, operands, bool(written), is_constant))
-        return results
+        is_repeatable = operation not in UNWRITTEN and torch.Tag.nondeterministic_seeded not in operation.tags
+        depends_on_no_input = all(value.constant is not None for value in operands)
+        values = mapped(made, results)
+        self._calls.append(_Call(operation, args, options, values, operands, bool(written), is_repeatable))
 
     def _value(self, x: Tensor) -> _Value | None:
         tensor, value = self._values.get(id(x), (None, None))
@@ -162,9 +180,9 @@ class Tape(TorchDispatchMode):
     def program(self, results: Sequence[Tensor | None]) -> Callable[..., list[Tensor | None]] | None:
         """inputs -> what these results of the run become with them, to be read only; None if the tape has not seen how
         they came about."""
+        calls = self._calls_of_every_run()
         if not self.is_complete:
             return None
-        calls = [call for call in self._calls if not self._is_done_once(call)]
         returned = [None if x is None else self._known(x) for x in results]
         source = _Source()
         source.add(f"def program({', '.join(map(source.text, self._inputs))}):")
@@ -183,22 +201,25 @@ class Tape(TorchDispatchMode):
         source.add(f"    return {source.text(returned)}")
         return source.function("program")
 
-    @staticmethod
-    def _is_done_once(call: _Call) -> bool:
-        """Whether the results of a call are the same in every run, and nobody changes them. Asked in order, for the
-        results of others are no constants any more."""
-        results = list(_values_in(call.results))
-        constant = call.is_constant and all(value.constant is not None for value in call.operands)
-        if constant and not any(value.memory.is_written for value in results):
-            return True
-        for value in results:
-            value.constant = None
-        return False
+    def _calls_of_every_run(self) -> list[_Call]:
+        """Those whose results are not the same in every run, or are written to; no result of theirs is a constant."""
+        calls = []
+        for call in self._calls:
+            results = list(_values_in(call.results))
+            is_constant = call.is_repeatable and all(value.constant is not None for value in call.operands)
+            if is_constant and not any(value.memory.is_written for value in results):
+                continue
+            for value in results:
+                value.constant = None
+            if not results and not call.writes:
+                self.is_complete = False  # somebody has looked at values, and may do something else in another run
+            calls.append(call)
+        return calls
 
 
 def unseen() -> AbstractContextManager:
     """For what a tape must not see, and so cannot make a program of: forward mode under a dispatch mode crashes in some
-    of PyTorch's operations."""
+    of PyTorch's operations. While there is a tape, other modes do not see it either."""
     tapes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Tape)]
     for tape in tapes:
         tape.is_complete = False
@@ -244,4 +265,4 @@ class _Source:
     def function(self, name: str) -> Callable:
         """The function."""
         exec("\n".join(self._lines), self._objects)
-        return self._objects[name]
+        return self._objects.pop(name)  # its own globals: the two would keep each other

@@ -7,6 +7,7 @@ that no result depends on.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from vitfast.hessian.deferred import Deferred, version_of
 from vitfast.hessian.nested import leaves_of
 from vitfast.hessian.program import Tape
-from vitfast.ops.backend import forced
+from vitfast.ops.backend import in_use
 
 __all__ = ["Pair", "Recording", "pair", "pairs_in", "parts"]
 
@@ -102,6 +103,9 @@ class _Step:
                 yield tensor
 
 
+_MOST_PROGRAMS = 4  # of a recording: as many counts of vectors, each with constants of its own
+
+
 class Recording:
     """Of one run. Its pairs hold tangents only while they are needed, and primals for as long as it lives."""
 
@@ -114,7 +118,8 @@ class Recording:
         self._inputs: list[Pair] = []
         self._results: list[Pair | None] | None = None
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._programs: dict[tuple, Callable | None] = {}
+        self._programs: OrderedDict[tuple, Callable] = OrderedDict()  # those used last at the end
+        self._has_programs = True
 
     def __len__(self) -> int:
         """The operations that are run again."""
@@ -164,17 +169,24 @@ class Recording:
     @torch.no_grad()
     def replay(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The tangents of the results for other tangents of the inputs, to be read only."""
-        if forced() == "triton" or any(t.device.type != "cpu" for t in tangents):
-            return self._run(tangents)  # Triton's kernels are not called by the dispatcher: no tape would see them
         # All that rules decide by, beside what does not change.
-        key = (forced(), *((t.shape[0], t.stride(), t.dtype) for t in tangents))
-        if key not in self._programs:
-            with Tape(tangents) as tape:
-                results = self._run(tangents)
-            self._programs[key] = tape.program(results)
+        key = (*in_use(), *((t.shape[0], t.stride(), t.dtype) for t in tangents))
+        # Triton's kernels are not called by the dispatcher: no tape would see them.
+        if not self._has_programs or "triton" in key or any(t.device.type != "cpu" for t in tangents):
+            return self._run(tangents)
+        if key in self._programs:
+            self._programs.move_to_end(key)
+            return self._programs[key](*tangents)
+        with Tape(tangents) as tape:
+            results = self._run(tangents)
+        program = tape.program(results)
+        if program is None:
+            self._has_programs = False  # nor would it have one for other tangents
             return results
-        program = self._programs[key]
-        return self._run(tangents) if program is None else program(*tangents)
+        self._programs[key] = program
+        while len(self._programs) > _MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+        return results
 
     def _run(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """Rule by rule."""

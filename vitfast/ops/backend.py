@@ -49,9 +49,10 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def forced() -> str | None:
-    """The implementation that `backend` forces, None if there is none."""
-    return _forced
+def in_use() -> tuple[str | None, str | None]:
+    """What choices depend on beside the tensors: the implementation that `backend` forces, and the instruction set of
+    the CPU's kernels; None if there is none."""
+    return _forced, _extension.require().instruction_set() if _extension.available() else None
 
 
 def choose(operator: str, served: tuple[str, ...], device: torch.device) -> str:

@@ -78,8 +78,8 @@ class Products:
 
     def _by_gradients(self) -> Tensor:
         result = self._terms[0][0].new_empty(self._shape)
-        factors = [factor for a, b in self._terms for factor in (a.transpose(-1, -2), b)]
-        torch.ops.vitfast.weight_gradient(*(*factors, None, None)[:4], result, None, False)
+        first, second = (*((a.transpose(-1, -2), b) for a, b in self._terms), (None, None))[:2]
+        torch.ops.vitfast.weight_gradient(*first, *second, result, None, False)
         return result
 
     def _by_pytorch(self) -> Tensor:
